@@ -20,6 +20,7 @@ from caesura.contract.messages import (
     Selection,
 )
 from caesura_coordinator.fleet_lookup import FleetLookup
+from caesura_coordinator.plan_kernel import expected_jump_s, kernel_refusals
 from caesura_coordinator.plan_members import (
     all_passed,
     canary_refusals,
@@ -76,7 +77,10 @@ def make_plan(
             )
         )
     passed = passed_over(fleet, hosts, record, limits)
-    refusals += host_refusals(fleet, [host for host in hosts if not all_passed(fleet, host, passed)])
+    acting = [host for host in hosts if not all_passed(fleet, host, passed)]
+    refusals += host_refusals(fleet, acting)
+    refusals += kernel_refusals(fleet, acting, record, policy)
+    jump_s = expected_jump_s(fleet, acting, record)
     members, skipped, member_refusals = members_of_plan(
         fleet, hosts, record, selection, policy, passed, hold_s=hold_s
     )
@@ -100,7 +104,11 @@ def make_plan(
         )
     planned = () if refusals else tuple(waves(members, by_host=record.scope == "host", limits=limits))
     wave_s = (
-        (policy.notice_s if record.impact != "none" else 0.0) + expected_s + _WAVE_OVERHEAD_S + policy.soak_s
+        (policy.notice_s if record.impact != "none" else 0.0)
+        + expected_s
+        + jump_s
+        + _WAVE_OVERHEAD_S
+        + policy.soak_s
     )
     return Plan(
         update=update,
@@ -109,7 +117,7 @@ def make_plan(
         skipped=tuple(skipped),
         refusals=tuple(refusals),
         estimate_s=round(len(planned) * wave_s, 3),
-        expected_pause_s=expected_pause_s(record, expected_s),
+        expected_pause_s=expected_pause_s(record, expected_s, jump_s),
         outside_pause_s=outside_pause_s(record),
         hold_s=hold_s,
         scope=record.scope,

@@ -253,6 +253,9 @@ def _method(vm: VmRecord, record: UpdateRecord, *, hold_s: float) -> tuple[Metho
         candidates: tuple[tuple[Method, str], ...] = (("reboot", _reboot_reason(record)),)
     elif hold_s:
         candidates = (("freeze", f"freeze on demand for {hold_s:g} s"),)
+    elif record.kernel == "kexec":
+        reason = f"the host starts kernel {record.kernel_release} with the VM's memory in RAM"
+        candidates = (("kexec", reason),)
     elif record.vmm == "beside":
         candidates = (("swap", "the update installs a new VMM beside the one that runs"),)
     elif record.vmm == "instead":

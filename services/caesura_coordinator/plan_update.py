@@ -15,6 +15,7 @@ from caesura.contract.messages import (
 )
 from caesura.lifecycle.budget import MIN_BUDGET_S, PREPARE_S, START_S, usable_s
 from caesura_coordinator.fleet_lookup import FleetLookup
+from caesura_coordinator.plan_kernel import RETURN_S
 
 _SWAP_PAUSE_S = (
     1.0  # s: far more than the milliseconds that a swap takes; the upper bound that an event announces
@@ -56,11 +57,11 @@ def definition(
         Refusal(
             subject=host,
             code="update_differs",
-            reason=f"defines {update!r} otherwise than {first_host} does (version, impact, scope or vmm)",
+            reason=f"defines {update!r} otherwise than {first_host} does (version, impact, scope, vmm or kernel)",
         )
         for host, record in others
-        if (record.version, record.impact, record.scope, record.vmm)
-        != (first.version, first.impact, first.scope, first.vmm)
+        if (record.version, record.impact, record.scope, record.vmm, record.kernel)
+        != (first.version, first.impact, first.scope, first.vmm, first.kernel)
     ]
     return first, refusals
 
@@ -88,7 +89,7 @@ def update_limits(record: UpdateRecord, policy: Policy, expected_s: float) -> It
             code="budget_too_short",
             reason=f"a pause budget of {policy.budget_s:g} s is too short: resuming in time needs at least {MIN_BUDGET_S:g} s",
         )
-    elif record.impact == "pause" and record.vmm != "beside" and expected_s > usable:
+    elif record.impact == "pause" and not _runs_before(record) and expected_s > usable:
         yield Refusal(
             subject=record.update,
             code="budget_too_short",
@@ -103,16 +104,24 @@ def update_limits(record: UpdateRecord, policy: Policy, expected_s: float) -> It
         )
 
 
-def expected_pause_s(record: UpdateRecord, expected_s: float) -> float:
-    """How long a VM is expected to be paused."""
+def _runs_before(record: UpdateRecord) -> bool:
+    """Whether the update's command runs before anything is paused for it."""
+    return record.vmm == "beside" or bool(record.kernel)
+
+
+def expected_pause_s(record: UpdateRecord, expected_s: float, jump_s: float = 0.0) -> float:
+    """How long a VM is expected to be paused, seconds; ``jump_s``: the measured change of the host's kernel."""
     if record.impact != "pause":
         return 0.0
+    if record.kernel:
+        return jump_s
     return _SWAP_PAUSE_S if record.vmm == "beside" else expected_s
 
 
 def outside_pause_s(record: UpdateRecord) -> float:
-    """The most that a host may take before its first pause, beyond the pause budget."""
+    """The most that a host may take before its first pause and after its last, beyond the pause budget."""
     if record.impact == "reboot":
         return record.shutdown_s + record.timeout_s + START_S
-    before = record.timeout_s if record.impact == "none" or record.vmm == "beside" else 0.0
-    return before + (PREPARE_S if record.vmm else 0.0)
+    before = record.timeout_s if record.impact == "none" or _runs_before(record) else 0.0
+    after = RETURN_S if record.kernel else 0.0
+    return before + (PREPARE_S if record.vmm or record.kernel else 0.0) + after

@@ -230,6 +230,7 @@ async def _driver(
         state_dir=folder,
         environ=environ,
         max_digest_bytes=settings.max_digest_bytes,
+        kernel=host.kernel,
     )
     return await load_plugin(host.driver).build(setup)
 

@@ -29,6 +29,7 @@ from caesura_host_updater.inventory.updates import UpdateFile
 from caesura_host_updater.operation.current_operation import CurrentOperation
 from caesura_host_updater.operation.facts import FactFactory
 from caesura_host_updater.operation.finalizer import OperationFinalizer, cancelled_before_it_began
+from caesura_host_updater.operation.leaving import NO_DIGEST
 from caesura_host_updater.operation.report import status_report
 from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause
 from caesura_host_updater.outbox import Outbox
@@ -187,6 +188,7 @@ def new_operation(
     ``kernels``: the boot ids of the guests' kernels by VM, as read through the driver.
     """
     scope_vm = update is not None and update.scope == "vm"
+    digests = command.method != "kexec"
     can = {target.vm: driver.capabilities(target.vm) for target in command.targets}
     return Operation(
         operation=command.operation,
@@ -198,6 +200,7 @@ def new_operation(
         update_timeout_s=update.timeout_s if update else 0.0,
         shutdown_s=update.shutdown_s if update else SHUTDOWN_S,
         kill_after_timeout=update is not None and update.kill_after_timeout,
+        kernel_release=update.kernel_release if update else "",
         vms=tuple(
             VmPause(
                 vm=target.vm,
@@ -206,9 +209,9 @@ def new_operation(
                 event_id=target.event_id,
                 boot_id=agent.boot_id if (agent := agents.get(target.vm)) else "",
                 kernel_boot_id=kernels[target.vm],
-                can_digest="digest_equal" in can[target.vm].digests,
-                can_sample="sampled_digest_equal" in can[target.vm].digests,
-                no_digest=can[target.vm].no_digest,
+                can_digest=digests and "digest_equal" in can[target.vm].digests,
+                can_sample=digests and "sampled_digest_equal" in can[target.vm].digests,
+                no_digest=can[target.vm].no_digest if digests else NO_DIGEST,
                 canary_writes=agent.canary_writes if agent and agent.canary_bytes else 0,
             )
             for target in command.targets

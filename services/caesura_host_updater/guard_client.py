@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,8 +19,10 @@ from typing import Any, Literal
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import get_logger
 from caesura_host_updater.spawn import ExitWatch, SpawnError, start_detached
+from caesura_vmcontrol import kernel_change
 from caesura_vmcontrol.guard_socket import MAX_LINE_BYTES, socket_address
 from caesura_vmcontrol.intent import Intent, UnreadableIntent
+from caesura_vmcontrol.kernel_change import KernelChange
 from caesura_vmcontrol.procfs import boot_id
 from caesura_vmcontrol.resume_plans import ResumePlan, plan_to_json
 
@@ -113,8 +116,15 @@ class GuardClient:
                 0.02
             )  # the guard does not notify us: it looks at the VMs every few milliseconds
 
-    async def arm(self, operation: str, deadline: float, plans: Sequence[ResumePlan]) -> None:
-        """Have the guard hold the operation. Raises GuardUnavailable."""
+    async def arm(
+        self,
+        operation: str,
+        deadline: float,
+        plans: Sequence[ResumePlan],
+        change: KernelChange | None = None,
+    ) -> None:
+        """Have the guard hold the operation; with ``change`` over a change of the kernel. Raises GuardUnavailable."""
+        across = {} if change is None else {"kernel_change": kernel_change.to_json(change)}
         if not self._connected.is_set():
             raise GuardUnavailable("there is no pause guard")
         self._armed = operation
@@ -126,11 +136,21 @@ class GuardClient:
                     "boot_id": self._boot_id,
                     "deadline": deadline,
                     "plans": [plan_to_json(plan) for plan in plans],
+                    **across,
                 }
             )
         except GuardUnavailable:
             self._armed = ""
             raise
+
+    async def leave(self, operation: str, by: float) -> None:
+        """Have the guard start the loaded kernel, not after ``by`` (CLOCK_MONOTONIC). Returns, if at all, as an error.
+
+        Raises:
+            GuardUnavailable: it refused or could not, or does not answer: then it may still leave, until the claims say otherwise.
+        """
+        patience_s = max(_ANSWER_S, by - time.monotonic() + _ANSWER_S)
+        await self._ask({"do": "leave", "operation": operation, "by": by}, patience_s)
 
     async def disarm(self, operation: str, timeout_s: float = 3.0) -> Intent | None:
         """The operation is over; returns what the guard did if it had fired. It is disarmed later if it is away.
@@ -226,18 +246,18 @@ class GuardClient:
         _log.warning("guard.lost", pid=self.pid)
         self.on_lost()
 
-    async def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    async def _ask(self, request: dict[str, Any], patience_s: float = _ANSWER_S) -> dict[str, Any]:
         async with self._request_lock:
             writer, answers = self._writer, self._answers
             if writer is None or not self._connected.is_set():
                 raise GuardUnavailable("the pause guard is gone")
             try:
                 writer.write(json.dumps(request).encode() + b"\n")
-                async with asyncio.timeout(_ANSWER_S):
+                async with asyncio.timeout(patience_s):
                     answer = await answers.get()
             except (OSError, TimeoutError) as error:
                 self._lose()
-                raise GuardUnavailable(f"the pause guard does not answer within {_ANSWER_S:g} s") from error
+                raise GuardUnavailable(f"the pause guard does not answer within {patience_s:g} s") from error
             except asyncio.CancelledError:
                 self._lose()  # its answer may still arrive and must not be taken for that of another request
                 raise

@@ -12,10 +12,13 @@ try:
     import os
     from collections.abc import Sequence
     from contextlib import suppress
+    from typing import get_args
 
+    from caesura_pause_guard.arrival import arrive, examine, out_of_reach
     from caesura_pause_guard.output import Output
     from caesura_pause_guard.server import AlreadyRunning, GuardServer
     from caesura_vmcontrol.intent import IntentFile, UnreadableIntent
+    from caesura_vmcontrol.kernel_change import By
     from caesura_vmcontrol.notify import Notifier
     from caesura_vmcontrol.procfs import boot_id
     from caesura_vmcontrol.rescue import marked_and_paused
@@ -29,7 +32,7 @@ log = _output.log
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until SIGTERM. Exit code: 0 stopped, 1 another guard runs or the state folder is unusable, 130 interrupted."""
+    """Serve until SIGTERM, or with ``--arrive`` resume what another boot left. For exit codes see the help."""
     try:
         return _serve(argv)
     except KeyboardInterrupt:  # before the server handled the signal
@@ -42,12 +45,26 @@ def _serve(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="caesura-pause-guard",
         description="Resumes paused VMs when the host updater cannot: at the deadline, or when it is gone.",
-        epilog="example:\n  caesura-pause-guard --state-dir /var/lib/caesura/host-updater\n\n"
+        epilog="examples:\n  caesura-pause-guard --state-dir /var/lib/caesura/host-updater\n"
+        "  caesura-pause-guard --arrive --by unit --state-dir /var/lib/caesura/host-updater\n\n"
         "exit codes: 0 stopped with every VM running, 1 another guard runs, or the folder cannot be used, "
-        "130 interrupted before it was up",
+        "130 interrupted before it was up\n"
+        "exit codes with --arrive: 0 every VM runs, or there is nothing to do; 1 the folder cannot be used; 3 the guard's intent "
+        "cannot be read; 4 a VM is still in its files: the guard tries again; 5 a VM is lost, the log says why",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--state-dir", required=True, help="the host updater's state folder")
+    parser.add_argument(
+        "--arrive",
+        action="store_true",
+        help="resume the VMs that another boot of this host left for a change of its kernel, then end; as root, before all services",
+    )
+    parser.add_argument(
+        "--by",
+        choices=[each for each in get_args(By) if each != "guard"],
+        default="unit",
+        help="with --arrive: what runs it, for the report (default: unit)",
+    )
     parser.add_argument(
         "--exit-when-alone",
         type=float,
@@ -56,6 +73,8 @@ def _serve(argv: Sequence[str] | None) -> int:
     )
     arguments = parser.parse_args(argv)
     folder = os.path.abspath(arguments.state_dir)
+    if arguments.arrive:
+        return _arrive(folder, arguments.by)
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         store = IntentFile(folder)
@@ -72,7 +91,16 @@ def _serve(argv: Sequence[str] | None) -> int:
     except (AlreadyRunning, OSError) as error:
         print(f"caesura-pause-guard: {error}", file=sys.stderr)  # noqa: T201 - the command's answer
         return 1
-    if found is not None and found.boot_id != boot_id():
+    if found is not None and found.boot_id != boot_id() and found.kernel_change is not None:
+        # Its VMs are not gone with that boot: their memory is in the carve-out, their state in files.
+        log("guard.intent_of_a_left_kernel", operation=found.operation)
+        try:
+            examine(found, folder, "guard", log)
+            found.plans = tuple(plan for plan in found.plans if not out_of_reach(found, plan))
+            store.store(found)
+        except OSError as error:
+            log("guard.arrival_not_recorded", why=str(error))
+    elif found is not None and found.boot_id != boot_id():
         # None of its processes lives, and their pids may be other processes' by now: a guest that was in a state file must
         # not be loaded into memory that is not its own.
         log("guard.intent_of_another_boot", operation=found.operation)
@@ -87,6 +115,14 @@ def _serve(argv: Sequence[str] | None) -> int:
     log("guard.ready", pid=os.getpid(), state=watch.state)
     server.run()
     return 0
+
+
+def _arrive(folder: str, by: By) -> int:
+    try:
+        return arrive(folder, by, log)
+    except OSError as error:
+        print(f"caesura-pause-guard: cannot arrive: {error}", file=sys.stderr)  # noqa: T201 - the command's answer
+        return 1
 
 
 if __name__ == "__main__":

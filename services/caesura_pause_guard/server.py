@@ -1,6 +1,7 @@
 """The guard's socket: JSON lines over a unix socket in the state folder, one select loop.
 
-Requests: ``arm`` (operation, boot_id, deadline, plans), ``disarm`` (operation), ``status``. Every answer has
+Requests: ``arm`` (operation, boot_id, deadline, plans, and kernel_change where the host's kernel is to be replaced),
+``leave`` (operation, by: an instant on CLOCK_MONOTONIC), ``disarm`` (operation), ``status``. Every answer has
 ``ok``; a refusal has ``error``. The connection that armed is the operation's owner: when it ends, or the
 process behind it (SO_PEERCRED, pidfd) does, the guard fires.
 """
@@ -23,6 +24,8 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from caesura_pause_guard.leaving import Leaving, check_plans
+from caesura_vmcontrol import kernel_change
 from caesura_vmcontrol.guard_socket import MAX_LINE_BYTES, socket_address
 from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.notify import Notifier
@@ -34,6 +37,8 @@ from caesura_vmcontrol.watchdog import GuardRefusal, Log, Watchdog
 
 ACCEPT_RETRY_S = 1.0  # s without an accept after one that failed
 ACCEPT_LOG_S = 60.0  # s between two log lines about that
+_NO_CHANGE_YET = {"rehearsal": False, "watchdog_s": 0, "left": None, "arrival": None}
+"""What a request need not say of a change of the kernel."""
 
 
 class AlreadyRunning(Exception):
@@ -57,6 +62,7 @@ class GuardServer:
         folder: the state folder; holds the socket and a lock against a second guard.
         exit_when_alone_s: end after this many seconds without a client or work; None: never.
         notifier: is notified that it serves and that its loop is alive.
+        leaving: leaves the kernel; injected by tests only.
 
     Raises:
         AlreadyRunning: a second guard on the same folder.
@@ -70,12 +76,14 @@ class GuardServer:
         *,
         exit_when_alone_s: float | None,
         notifier: Notifier | None = None,
+        leaving: Leaving | None = None,
     ) -> None:
         self._folder = folder
         self._watch = watch
         self._log = log
         self._exit_when_alone_s = exit_when_alone_s
         self._notifier = notifier or Notifier()
+        self._leaving = leaving or Leaving(folder, watch, log)
         self._clients: dict[int, _Client] = {}
         self._owner: _Client | None = None
         self._owner_pidfd: int | None = None
@@ -233,6 +241,9 @@ class GuardServer:
                 case "arm":
                     self._arm(client, request)
                     return {"ok": True, **self._status()}
+                case "leave":
+                    self._leave(client, request)
+                    return {"ok": False, "error": "the loaded kernel was not started"}
                 case "disarm":
                     record = self._watch.disarm(str(request["operation"]))
                     if self._watch.intent is None:
@@ -249,6 +260,11 @@ class GuardServer:
         except (BadPlan, ValueError, KeyError, TypeError, AttributeError) as error:
             return {"ok": False, "error": f"bad request: {type(error).__name__}: {error}"}
 
+    def _leave(self, client: _Client, request: dict[str, Any]) -> None:
+        if client is not self._owner:
+            raise GuardRefusal("only who armed the operation may have it leave the kernel")
+        self._leaving.leave(str(request["operation"]), float(request["by"]))
+
     def _status(self) -> dict[str, Any]:
         intent = self._watch.intent
         return {
@@ -260,23 +276,27 @@ class GuardServer:
     def _arm(self, client: _Client, request: dict[str, Any]) -> None:
         if request["boot_id"] != self._boot_id:
             raise GuardRefusal("the deadline is of another boot's clock")
+        change = request.get("kernel_change")
+        intent = Intent(
+            operation=str(request["operation"]),
+            boot_id=self._boot_id,
+            armed_at=time.monotonic(),
+            deadline=float(request["deadline"]),
+            plans=tuple(plan_from_json(plan) for plan in request["plans"]),
+            kernel_change=None if change is None else kernel_change.from_json({**_NO_CHANGE_YET, **change}),
+        )
+        check_plans(intent)
         pidfd = os.pidfd_open(client.pid)
         try:
-            self._watch.arm(
-                Intent(
-                    operation=str(request["operation"]),
-                    boot_id=self._boot_id,
-                    armed_at=time.monotonic(),
-                    deadline=float(request["deadline"]),
-                    plans=tuple(plan_from_json(plan) for plan in request["plans"]),
-                )
-            )
+            self._watch.arm(intent)
         except BaseException:
             os.close(pidfd)
             raise
         self._forget_owner()
         self._owner = client
         self._owner_pidfd = pidfd
+        if intent.kernel_change is not None:
+            self._leaving.measure()
         self._selector.register(pidfd, selectors.EVENT_READ, lambda: self._owner_died(pidfd))
 
     def _owner_died(self, pidfd: int) -> None:

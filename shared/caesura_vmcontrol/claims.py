@@ -2,16 +2,21 @@
 
 The folder holds symlinks ``1``, ``2``, ``3``...; ``symlink(2)`` is atomic and exclusive and its target is the text,
 so two processes that want to decide see the same decision at any moment, wherever either of them is killed.
-The highest number is valid. Nothing is fsynced: a host that crashes loses the VMs anyway.
+The highest number is valid. Nothing is fsynced: a host that crashes loses the VMs anyway. Only the claims of an operation
+over a change of the host's kernel outlive their boot: they are durable before what they allow, and name boots.
 
 The texts, and what each promises:
 
 ``old``
     The old process keeps the guest. Final: every new process is killed before the old one gets ``cont``.
-``new:PID:TICKS``
-    This process may get ``cont`` from now on: it was seen to have loaded the state and to be paused.
+``new:PID:TICKS``, ``new:PID:TICKS:BOOT8``
+    This process may get ``cont`` from now on: it was seen to have loaded the state and to be paused. BOOT8: the first eight hex
+    digits of the id of its boot. In another boot it ran the guest and ended with its kernel: the next claim is ``gone``.
 ``file:SIZE:SHA256``
     The device state is in the state file; no process has it. The old process never runs the guest again.
+``left:PID:TICKS:BOOT8``
+    This pause guard is about to leave the kernel of this boot for another; the state is in the file of the last ``file`` claim. While
+    it lives nobody starts a process for the guest; afterwards, and in another boot, ``file`` is claimed again.
 ``gone``
     No process can run the guest any more, and none will try. Final.
 
@@ -29,6 +34,8 @@ Beside the claims there are notes of how far the operation came, which QEMU's st
     of it arrived, see ``swapping.is_ours`` and ``replacing.is_ours``.
 ``ran``
     The claimed new process ran the guest. If the guest is paused after that, somebody else paused it.
+``arrived-BOOT8``
+    In this boot the guest's memory was examined and is what it was when the former kernel was left; see ``caesura_pause_guard.arrival``.
 
 The folder is made before the guard is armed and removed after it was disarmed. Without a folder there is nothing left
 to decide.
@@ -46,7 +53,7 @@ import time
 from contextlib import suppress
 from typing import Literal, NamedTuple
 
-_NEW = re.compile(r"new:([1-9][0-9]{0,9}):([0-9]{1,19})")
+_NEW = re.compile(r"(new|left):([1-9][0-9]{0,9}):([0-9]{1,19})(?::([0-9a-f]{8}))?")
 _FILE = re.compile(r"file:([1-9][0-9]{0,18}):([0-9a-f]{64})")
 _TEXT_BYTES = 1000  # a symlink's target may have 4095; a reason is one or two lines
 _SHORT_BYTES = 59  # the longest target that ext4 keeps in the inode, without a block of its own
@@ -70,17 +77,19 @@ class BadClaim(ValueError):
 class Owner(NamedTuple):
     """A claim, read."""
 
-    kind: Literal["old", "new", "file", "gone"]
+    kind: Literal["old", "new", "file", "left", "gone"]
     pid: int = 0
     start_ticks: int = 0
     size_bytes: int = 0
     sha256: str = ""
+    boot8: str = ""
+    """``new`` and ``left``: of the boot in which ``pid`` and ``start_ticks`` name a process; empty: of an operation of one boot."""
 
     @property
     def text(self) -> str:
         """The claim as it is written."""
-        if self.kind == "new":
-            return f"new:{self.pid}:{self.start_ticks}"
+        if self.kind in ("new", "left"):
+            return f"{self.kind}:{self.pid}:{self.start_ticks}" + (f":{self.boot8}" if self.boot8 else "")
         if self.kind == "file":
             return f"file:{self.size_bytes}:{self.sha256}"
         return self.kind
@@ -90,8 +99,9 @@ def parse_owner(text: str) -> Owner:
     """Read a claim. Raises BadClaim."""
     if text in ("old", "gone"):
         return Owner("old" if text == "old" else "gone")
-    if match := _NEW.fullmatch(text):
-        return Owner("new", pid=int(match[1]), start_ticks=int(match[2]))
+    if (match := _NEW.fullmatch(text)) and (match[1] == "new" or match[4]):
+        kind: Literal["new", "left"] = "new" if match[1] == "new" else "left"
+        return Owner(kind, pid=int(match[2]), start_ticks=int(match[3]), boot8=match[4] or "")
     if match := _FILE.fullmatch(text):
         return Owner("file", size_bytes=int(match[1]), sha256=match[2])
     raise BadClaim(f"{text[:100]!r} is not a claim")
@@ -123,10 +133,39 @@ def first_kind(folder: str) -> str:
     return ""
 
 
-def claim(folder: str, number: int, text: str) -> str:
+def last_file(folder: str, number: int) -> Owner | None:
+    """The state file as it was last claimed before ``number``. Raises OSError, BadClaim."""
+    for earlier in range(number - 1, 0, -1):
+        owner = parse_owner(os.readlink(f"{folder}/{earlier}"))
+        if owner.kind == "file":
+            return owner
+    return None
+
+
+def sync(folder: str) -> None:
+    """Make what the folder holds durable, by any process. Raises OSError."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def admit(folder: str, boot8: str) -> None:
+    """Record that in this boot the guest may be loaded from its files. Raises OSError."""
+    with suppress(FileExistsError):
+        os.symlink("arrived", f"{folder}/arrived-{boot8}")
+
+
+def admitted(folder: str, boot8: str) -> bool:
+    """Whether that was recorded."""
+    return os.path.lexists(f"{folder}/arrived-{boot8}")
+
+
+def claim(folder: str, number: int, text: str, *, durable: bool = False) -> str:
     """Try to make claim ``number``; returns the text that this number now has, ours or another process's.
 
-    ``number`` is one more than the number that was read with ``current``.
+    ``number`` is one more than the number that was read with ``current``. ``durable``: it outlives the kernel when this returns.
 
     Raises:
         BadClaim: ``text`` is not a claim.
@@ -142,6 +181,8 @@ def claim(folder: str, number: int, text: str) -> str:
             if error.errno not in _FULL:
                 raise
             _claim_again(folder, number, text, error)
+    if durable:
+        sync(folder)
     return os.readlink(f"{folder}/{number}")
 
 

@@ -10,10 +10,15 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from caesura_vmcontrol import kernel_change
+from caesura_vmcontrol.durable_files import give_to_owner
+from caesura_vmcontrol.kernel_change import KernelChange
 from caesura_vmcontrol.resume_plans import ResumePlan, plan_from_json, plan_to_json
 from caesura_vmcontrol.sealed import is_sealed, seal, unseal
 
 FORMAT = 1
+FORMAT_ACROSS_BOOTS = 2
+"""Only where the host's kernel is replaced: a guard that does not know it must not clear it away as another boot's."""
 
 
 class UnreadableIntent(ValueError):
@@ -33,7 +38,7 @@ class Intervention:
     end: str = ""
     """``running`` or ``gone``; empty while neither."""
     owner: str = ""
-    """Swap and replace: which process runs the guest, ``old`` or ``new:PID:TICKS``; else empty."""
+    """Swap and replace: which process runs the guest, ``old`` or the claim ``new:...``; else empty."""
 
 
 @dataclass
@@ -60,12 +65,17 @@ class Intent:
     deadline: float
     plans: tuple[ResumePlan, ...]
     fired: GuardAction | None = None
+    kernel_change: KernelChange | None = None
+    """The host's kernel is replaced in the pause; another boot completes the operation."""
 
     def to_json(self) -> dict[str, Any]:
         """The intent as it is on disk and is sent to the updater."""
         fired = self.fired
+        change = self.kernel_change
+        across = {} if change is None else {"kernel_change": kernel_change.to_json(change)}
         return {
-            "format": FORMAT,
+            **across,
+            "format": FORMAT if change is None else FORMAT_ACROSS_BOOTS,
             "operation": self.operation,
             "boot_id": self.boot_id,
             "armed_at": self.armed_at,
@@ -84,8 +94,11 @@ class Intent:
     def from_json(cls, data: Any) -> Intent:
         """Read an intent. Raises UnreadableIntent."""
         try:
-            if data["format"] != FORMAT:
-                raise UnreadableIntent(f"intent of format {data['format']}, this guard knows {FORMAT}")
+            if data["format"] not in (FORMAT, FORMAT_ACROSS_BOOTS):
+                raise UnreadableIntent(
+                    f"intent of format {data['format']}, this guard knows {FORMAT} and {FORMAT_ACROSS_BOOTS}"
+                )
+            change = data["kernel_change"] if data["format"] == FORMAT_ACROSS_BOOTS else None
             action = data["fired"]
             fired = None
             if action is not None:
@@ -100,6 +113,7 @@ class Intent:
                 float(data["deadline"]),
                 tuple(plan_from_json(plan) for plan in data["plans"]),
                 fired,
+                None if change is None else kernel_change.from_json(change),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UnreadableIntent(f"the guard's intent cannot be read: {error}") from error
@@ -119,6 +133,14 @@ class IntentFile:
     def load(self) -> Intent | None:
         """The intent of a previous run, or None. Raises UnreadableIntent after putting the file aside."""
         try:
+            return self.read()
+        except UnreadableIntent:
+            os.replace(self._path, f"{self._path}.unreadable")
+            raise
+
+    def read(self) -> Intent | None:
+        """As ``load``, and an unreadable file stays where it is. Raises UnreadableIntent."""
+        try:
             with open(self._path, "rb") as file:
                 raw = file.read()
             # Before there were checksums it was plain JSON.
@@ -126,7 +148,6 @@ class IntentFile:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            os.replace(self._path, f"{self._path}.unreadable")
             raise UnreadableIntent(str(error)) from error
 
     def store(self, intent: Intent) -> None:
@@ -135,6 +156,9 @@ class IntentFile:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             with open(handle, "wb") as file:
+                give_to_owner(
+                    file.fileno(), self._folder
+                )  # an arrival is root's, the guard that follows is not
                 file.write(seal(intent.to_json()))
                 file.flush()
                 os.fsync(file.fileno())

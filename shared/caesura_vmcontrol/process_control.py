@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from typing import Any, NamedTuple
 
 from caesura_vmcontrol.bounded import CallTimeout, within
 from caesura_vmcontrol.bounded_read import environs
@@ -101,11 +102,22 @@ def find_by_env(mark: str) -> list[Process]:
 subprocess._USE_VFORK = False  # type: ignore[misc]  # noqa: SLF001
 
 
-def start(argv: tuple[str, ...], environ: tuple[tuple[str, str], ...], log: str) -> Process:
+class ProgramUser(NamedTuple):
+    """As which a program runs that root starts."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()
+
+
+def start(
+    argv: tuple[str, ...], environ: tuple[tuple[str, str], ...], log: str, user: ProgramUser | None = None
+) -> Process:
     """Start a program that outlives us: a session of its own, no input, output appended to ``log``.
 
     The guard's own privileges (nearly unkillable, first in the queue for a CPU) are not inherited. Where the log's disk does
-    not answer, the program's output is lost: a guest may be paused until this program runs.
+    not answer, the program's output is lost: a guest may be paused until this program runs. ``user``: only root can choose; None: as we
+    run.
 
     Raises:
         OSError: it cannot be started.
@@ -115,6 +127,11 @@ def start(argv: tuple[str, ...], environ: tuple[tuple[str, str], ...], log: str)
         output = within(LOG_S, lambda: os.open(log, _TO_LOG, 0o600), key=log, discard=os.close)
     except CallTimeout:
         output = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    choice: dict[str, Any] = {}
+    if user is not None and os.geteuid() == 0:
+        choice = {"user": user.uid, "group": user.gid, "extra_groups": list(user.groups)}
+        with suppress(OSError):
+            os.fchown(output, user.uid, user.gid)
     try:
         child = subprocess.Popen(
             argv,
@@ -123,6 +140,7 @@ def start(argv: tuple[str, ...], environ: tuple[tuple[str, str], ...], log: str)
             stderr=output,
             env=dict(environ),
             start_new_session=True,
+            **choice,
         )
     finally:
         os.close(output)

@@ -113,7 +113,11 @@ def send_signal(pid: int, start_ticks: int, number: signal.Signals) -> bool:
     return True
 
 
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
+"""Where the kernel says the id of this boot; tests play another boot."""
+
+
 def boot_id() -> str:
     """The kernel's id of this boot: CLOCK_MONOTONIC values of another boot mean nothing."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+    with open(BOOT_ID, encoding="ascii") as file:
         return file.read().strip()

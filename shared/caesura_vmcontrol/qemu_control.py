@@ -10,6 +10,7 @@ import time
 from typing import Literal
 
 from caesura_vmcontrol import claims, replacing, swapping
+from caesura_vmcontrol.boots import in_this_boot, of_this_boot
 from caesura_vmcontrol.operation_lock import try_lock
 from caesura_vmcontrol.process_control import sigcont
 from caesura_vmcontrol.procfs import alive
@@ -31,6 +32,8 @@ def condition(plan: VmmPlan) -> Literal["running", "held", "frozen", "gone"]:
     """The condition of the process that has the guest by the claims. Raises OSError: it is unknown."""
     if isinstance(plan, QemuPlan):
         return look(plan.vmm.pid, plan.vmm.start_ticks, [plan.vmm.qmp], ours=lambda: False)
+    plan = in_this_boot(plan)
+    replacing.check_place(plan)
     paths = [plan.new.qmp if isinstance(plan, SwapPlan) else plan.qmp, plan.old.qmp]
     _, owner = _current(plan)
     theirs = claims.untouched(plan.claims)
@@ -45,6 +48,8 @@ def condition(plan: VmmPlan) -> Literal["running", "held", "frozen", "gone"]:
     if owner.kind == "old":
         theirs = not claims.noted(plan.claims, "begun")
         return look(plan.old.pid, plan.old.start_ticks, [plan.old.qmp], ours=ours, theirs=theirs)
+    if owner.kind == "new" and not of_this_boot(plan, owner):
+        return "held"  # undecided: its process ended with its boot, and the next claim says so
     if owner.kind == "new":
         ran = claims.noted(plan.claims, "ran")
         found = look(owner.pid, owner.start_ticks, paths, ours=lambda: False, claimed=True, theirs=ran)
@@ -82,6 +87,7 @@ def thaw(plan: VmmPlan) -> None:
 
 def heir(plan: SwapPlan | ReplacePlan) -> claims.Owner | None:
     """Which process has the guest when the claims are removed; None: two processes may."""
+    plan = in_this_boot(plan)
     if isinstance(plan, SwapPlan):
         others = [(each.pid, each.start_ticks) for each in (plan.new,) if alive(each.pid, each.start_ticks)]
     else:
@@ -96,12 +102,13 @@ def heir(plan: SwapPlan | ReplacePlan) -> claims.Owner | None:
 
 def holder(plan: SwapPlan | ReplacePlan) -> tuple[int, int] | None:
     """The living process that has the guest, pid and start time; None: none has, or it is undecided."""
+    plan = in_this_boot(plan)
     _, owner = _current(plan)
     if not os.path.isdir(plan.claims):
         owner = heir(plan)
     if owner is None or owner.kind == "old":
         found = plan.old.pid, plan.old.start_ticks
-    elif owner.kind == "new":
+    elif owner.kind == "new" and of_this_boot(plan, owner):
         found = owner.pid, owner.start_ticks
     else:
         return None
@@ -118,10 +125,15 @@ def owner_of(plan: VmmPlan) -> str:
 
 def settled(plan: VmmPlan) -> bool:
     """Whether it is decided which process has the guest and every other one is dead, as far as a quick look shows."""
+    plan = in_this_boot(plan)
     if isinstance(plan, QemuPlan) or not os.path.isdir(plan.claims):
         return True
     _, owner = _current(plan)
-    if owner is None or owner.kind == "file":
+    if (
+        owner is None
+        or owner.kind in ("file", "left")
+        or (owner.kind == "new" and not of_this_boot(plan, owner))
+    ):
         return False
     old_lives = alive(plan.old.pid, plan.old.start_ticks)
     if owner.kind == "old":

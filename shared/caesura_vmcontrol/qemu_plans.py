@@ -69,6 +69,41 @@ class SwapPlan:
 
 
 @dataclass(frozen=True)
+class AcrossBoots:
+    """What another boot of the host must know to load the guest from its files.
+
+    Args:
+        boot_id: of the boot in which the plan's pids and start times name processes. In any other one ``old`` is dead.
+        fs_id: of the file system with the RAM file, see ``ram_places``; with inode and size it names the file in every boot.
+        inode: of the RAM file.
+        size: of the RAM file, in bytes.
+        carve_out: where that file system is mounted.
+        uid, gid, groups: as which the guest's process runs.
+        folders: of the sockets of the new process; the next boot has an empty /run.
+    """
+
+    boot_id: str
+    fs_id: str
+    inode: int
+    size: int
+    carve_out: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()
+    folders: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _text("the boot", self.boot_id)
+        _text("the file system", self.fs_id)
+        _path("the carve-out", self.carve_out)
+        for folder in self.folders:
+            _path("the sockets' folder", folder)
+        numbers = (self.inode, self.size, self.uid, self.gid, *self.groups)
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise BadPlan("inode, size, user and groups are whole numbers")
+
+
+@dataclass(frozen=True)
 class ReplacePlan:
     """``old`` saves its state to a file and ends; another process is started from the file.
 
@@ -82,6 +117,7 @@ class ReplacePlan:
         beside: a new process can be started while the old one is still dying: they share no exclusive resource.
         ram: the guest's RAM file as it is now: path, device and inode. A QEMU would create a missing one again, full of
             zeros. None: not known.
+        across: the host's kernel is replaced between ``old`` and the new process; None: both are of one boot.
     """
 
     vm: str
@@ -95,8 +131,13 @@ class ReplacePlan:
     log: str
     ram: tuple[str, int, int] | None = None
     beside: bool = False
+    across: AcrossBoots | None = None
 
     def __post_init__(self) -> None:
+        if self.across is not None and self.ram is None:
+            raise BadPlan(
+                "over a change of the kernel a guest keeps nothing but its RAM file, and none is named"
+            )
         _path("the claims folder", self.claims)
         _path("the state file", self.state_file)
         _path("the QMP socket", self.qmp)
@@ -131,7 +172,10 @@ VmmPlan = QemuPlan | SwapPlan | ReplacePlan
 def to_json(plan: VmmPlan) -> dict[str, Any]:
     """As it is sent over the socket and written to disk."""
     kinds = {QemuPlan: "qemu", SwapPlan: "swap", ReplacePlan: "replace"}
-    return {**asdict(plan), "kind": kinds[type(plan)]}
+    data = {**asdict(plan), "kind": kinds[type(plan)]}
+    if data.get("across", data) is None:
+        del data["across"]
+    return data
 
 
 def from_json(data: Mapping[str, Any]) -> VmmPlan:
@@ -161,7 +205,15 @@ def from_json(data: Mapping[str, Any]) -> VmmPlan:
         log=data["log"],
         ram=_ram(data["ram"]),
         beside=_yes_or_no("beside", data["beside"]),
+        across=_across(data.get("across")),
     )
+
+
+def _across(data: Any) -> AcrossBoots | None:
+    if data is None:
+        return None
+    fields = {**data, "groups": tuple(data["groups"]), "folders": tuple(data["folders"])}
+    return AcrossBoots(**fields)
 
 
 def _yes_or_no(what: str, data: Any) -> bool:

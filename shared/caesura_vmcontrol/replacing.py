@@ -1,7 +1,7 @@
 """The way out of a replace: the old process continues, or the state file is loaded by a new one that we start."""
 
 # light imports on purpose: no pathlib here.
-# ruff: noqa: PTH112, PTH115, PTH116, PTH123, PTH202
+# ruff: noqa: PTH112, PTH120, PTH116, PTH123, PTH202
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import time
 from contextlib import suppress
 
 from caesura_vmcontrol import claims
+from caesura_vmcontrol.boots import boot8, in_this_boot, of_another_boot, of_this_boot
 from caesura_vmcontrol.bounded import within
 from caesura_vmcontrol.claims import Owner
 from caesura_vmcontrol.process_control import (
     LOG_S,
+    ProgramUser,
     boost_priority,
     find_by_env,
     kill_and_wait,
@@ -24,7 +26,7 @@ from caesura_vmcontrol.process_control import (
     start,
 )
 from caesura_vmcontrol.procfs import Process, alive, send_signal
-from caesura_vmcontrol.qemu_plans import ReplacePlan
+from caesura_vmcontrol.qemu_plans import ReplacePlan, SwapPlan
 from caesura_vmcontrol.qmp import Qmp, QmpError
 from caesura_vmcontrol.qmp_commands import (
     CONT_S,
@@ -41,10 +43,12 @@ from caesura_vmcontrol.qmp_commands import (
     reach,
     run_state,
 )
+from caesura_vmcontrol.ram_places import RamIdentity, find_error
 from caesura_vmcontrol.swapping import roll_back
 
 _TOTAL_S = 1.0  # s: one call, except for a process that is starting; the caller tries again
 _START_S = 3.0  # s: from the program's start to the loaded state; 60 ms on an idle host
+_ARRIVAL_START_S = 120.0  # s: the same in a boot that has just begun, with cold caches; killing it early makes the pause longer
 _CAPABILITIES = {"x-ignore-shared": True, "events": True, "return-path": False, "late-block-activate": True}
 _SHOWS_S = 0.3  # s: for our migration to write something; some milliseconds are usual
 _STEP_S = 0.001
@@ -69,6 +73,8 @@ def recover(plan: ReplacePlan, *, alone: bool) -> None:
     Raises:
         OSError: not complete yet; try again.
     """
+    plan = in_this_boot(plan)
+    check_place(plan)
     until = time.monotonic() + _TOTAL_S
     tries = 0
     while True:
@@ -78,7 +84,7 @@ def recover(plan: ReplacePlan, *, alone: bool) -> None:
                 _after_the_operation(plan, until)
                 return
             lives = alive(plan.old.pid, plan.old.start_ticks)
-            claims.claim(plan.claims, 1, "old" if lives else "gone")
+            _claim(plan, 1, "old" if lives else "gone")
         elif owner.kind == "old":
             _roll_back(plan, until)
             return
@@ -92,13 +98,54 @@ def recover(plan: ReplacePlan, *, alone: bool) -> None:
                     _clear_away(plan, owner.pid, until)
                 return
             until = time.monotonic() + _TOTAL_S  # another decision is valid: a new time limit for it
+        elif owner.kind == "left":
+            _stay(plan, number, owner)
         else:
+            _check_arrived(plan)
             if tries == len(plan.argv):
                 raise NotRunning(_failed_tries(plan))
             if claims.retry_in_s(plan.claims) > 0:
                 raise NotRunning(_failed_tries(plan))
             tries += 1
             _restore(plan, number, owner, until)
+
+
+def _claim(plan: ReplacePlan, number: int, text: str) -> str:
+    """As ``claims.claim``; over a change of the kernel it is durable before what it allows."""
+    return claims.claim(plan.claims, number, text, durable=plan.across is not None)
+
+
+def check_place(plan: SwapPlan | ReplacePlan) -> None:
+    """Where the claims are not to be seen, nothing is decided: their folder is missing only after the operation.
+
+    Raises:
+        NotRunning: the file system that they are on is not mounted.
+    """
+    if not isinstance(plan, ReplacePlan) or plan.across is None:
+        return
+    if not os.path.isdir(os.path.dirname(os.path.dirname(plan.claims))):
+        raise NotRunning(
+            f"{plan.across.carve_out} is not mounted, and the guest's memory and state are there"
+        )
+
+
+def _check_arrived(plan: ReplacePlan) -> None:
+    """Raises NotRunning: the state is of another boot, and nobody has examined yet whether the memory is what it was."""
+    if of_another_boot(plan) and not claims.admitted(plan.claims, boot8()):
+        raise NotRunning(
+            "its memory was not examined in this boot yet: `caesura-pause-guard --arrive` does that"
+        )
+
+
+def _stay(plan: ReplacePlan, number: int, owner: Owner) -> None:
+    """The guard that was about to leave the kernel did not, or it is another kernel's turn: the guest is in the file again."""
+    leaves = of_this_boot(plan, owner) and owner.pid != os.getpid() and alive(owner.pid, owner.start_ticks)
+    if leaves:
+        raise NotRunning(
+            f"the pause guard, process {owner.pid}, is leaving this kernel with the guest in its files"
+        )
+    file = claims.last_file(plan.claims, number)
+    _claim(plan, number + 1, file.text if file is not None else "gone")
 
 
 def is_ours(plan: ReplacePlan) -> bool:
@@ -170,11 +217,17 @@ def started(plan: ReplacePlan) -> list[Process]:
 def _commit_new(plan: ReplacePlan, number: int, owner: Owner, until: float) -> bool:
     """The claimed process has the guest, unless it is proved that it never ran it. False: read the claims again."""
     pid, ticks = owner.pid, owner.start_ticks
+    if not of_this_boot(plan, owner):
+        claims.note_failure(plan.claims, "the guest ran in another boot of this host, and ended with it")
+        _claim(plan, number + 1, "gone")
+        return False
+    if plan.across is not None:
+        claims.sync(plan.claims)  # the process that claimed it may have ended before that
     sigcont(pid, ticks)
     try:
         qmp = reach(pid, ticks, [plan.qmp, plan.old.qmp], until)
     except ProcessGone:
-        claims.claim(plan.claims, number + 1, "gone")  # nothing can show whether it ran
+        _claim(plan, number + 1, "gone")  # nothing can show whether it ran
         return False
     with qmp:
         if not has_run(plan.claims, run_state(qmp, until)):
@@ -193,22 +246,13 @@ def _let_run(plan: ReplacePlan, number: int, owner: Owner, qmp: Qmp, until: floa
         found = end_unless_it_ran(qmp, owner.pid, owner.start_ticks, until + _TOTAL_S)
         if found != "runs":
             claims.note_failure(plan.claims, str(refused))
-            file = _claimed_file(plan, number) if found == "never_ran" else None
-            claims.claim(plan.claims, number + 1, file.text if file is not None else "gone")
+            file = claims.last_file(plan.claims, number) if found == "never_ran" else None
+            _claim(plan, number + 1, file.text if file is not None else "gone")
             return False
         until = time.monotonic() + CONT_S
     note_ran(plan.claims)
     keep_memory_along(qmp, until)
     return True
-
-
-def _claimed_file(plan: ReplacePlan, number: int) -> Owner | None:
-    """The state file as it was last claimed before ``number``."""
-    for earlier in range(number - 1, 0, -1):
-        owner = claims.parse_owner(os.readlink(f"{plan.claims}/{earlier}"))
-        if owner.kind == "file":
-            return owner
-    return None
 
 
 def _restore(plan: ReplacePlan, number: int, owner: Owner, until: float) -> None:
@@ -224,7 +268,7 @@ def _restore(plan: ReplacePlan, number: int, owner: Owner, until: float) -> None
     doomed = started(plan)
     if doomed:
         # The process that started them may be about to claim: after this claim it cannot, so they can be killed.
-        stands = claims.claim(plan.claims, number + 1, owner.text)
+        stands = _claim(plan, number + 1, owner.text)
         if stands != owner.text:
             return
         number += 1
@@ -235,7 +279,7 @@ def _restore(plan: ReplacePlan, number: int, owner: Owner, until: float) -> None
         state = _open_state(plan.state_file, owner)
     except BadStateFile as error:
         claims.note_failure(plan.claims, str(error))
-        claims.claim(plan.claims, number + 1, "gone")
+        _claim(plan, number + 1, "gone")
         return
     try:
         _try_next(plan, number, state, until)
@@ -248,6 +292,11 @@ def _check_ram(plan: ReplacePlan) -> None:
     if plan.ram is None:
         return
     path, device, inode = plan.ram
+    if plan.across is not None:
+        identity = RamIdentity(plan.across.fs_id, plan.across.inode, plan.across.size)
+        if wrong := find_error(path, identity):
+            raise BadStateFile(wrong)
+        return
     try:
         there = os.stat(path)
     except FileNotFoundError as error:
@@ -288,12 +337,13 @@ def _try_next(plan: ReplacePlan, number: int, state: int, until: float) -> None:
     log_bytes = _size(plan.log)
     process: Process | None = None
     try:
-        process = start(argv, plan.environ, plan.log)
+        process = start(argv, plan.environ, plan.log, _user(plan))
         boost_priority(process.pid)
         with _loaded(plan, process, state) as qmp:
             kill_and_wait(plan.old.pid, plan.old.start_ticks, until + _TOTAL_S)
-            text = f"new:{process.pid}:{process.start_ticks}"
-            if claims.claim(plan.claims, number + 1, text) != text:
+            boot = "" if plan.across is None else boot8()
+            text = Owner("new", pid=process.pid, start_ticks=process.start_ticks, boot8=boot).text
+            if _claim(plan, number + 1, text) != text:
                 kill_and_wait(process.pid, process.start_ticks, until + _START_S)
                 return
             _let_run(plan, number + 1, claims.parse_owner(text), qmp, until)
@@ -306,23 +356,29 @@ def _try_next(plan: ReplacePlan, number: int, state: int, until: float) -> None:
             raise
 
 
+def _user(plan: ReplacePlan) -> ProgramUser | None:
+    across = plan.across
+    return None if across is None else ProgramUser(across.uid, across.gid, across.groups)
+
+
 def _loaded(plan: ReplacePlan, process: Process, state: int) -> Qmp:
     """Have the new process load the file. Returns its connection, once it is paused with everything loaded.
 
     Raises:
         QmpError: it does not load it, or not in time.
     """
-    until = time.monotonic() + _START_S
+    patience_s = _ARRIVAL_START_S if of_another_boot(plan) else _START_S
+    until = time.monotonic() + patience_s
     qmp = reach(process.pid, process.start_ticks, [plan.qmp], until)
     try:
-        _load(qmp, state, until)
+        _load(qmp, state, until, patience_s)
     except BaseException:
         qmp.close()
         raise
     return qmp
 
 
-def _load(qmp: Qmp, state: int, until: float) -> None:
+def _load(qmp: Qmp, state: int, until: float, patience_s: float) -> None:
     known = {each["capability"] for each in qmp.execute("query-migrate-capabilities", until=until)}
     wanted = [{"capability": name, "state": on} for name, on in _CAPABILITIES.items() if name in known]
     qmp.execute("migrate-set-capabilities", {"capabilities": wanted}, until=until)
@@ -333,7 +389,7 @@ def _load(qmp: Qmp, state: int, until: float) -> None:
         if migration(qmp, until) == "failed":
             raise NotRunning("it cannot load the state")
         if time.monotonic() >= until:
-            raise NotRunning(f"it does not load the state within {_START_S:g} s")
+            raise NotRunning(f"it does not load the state within {patience_s:g} s")
         time.sleep(_STEP_S)
     if run != "paused":
         raise NotRunning(f"it is {run} after loading the state")

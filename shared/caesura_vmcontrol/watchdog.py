@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Literal, Protocol
 
+from caesura_vmcontrol import claims
 from caesura_vmcontrol.bounded import BoundedCalls
 from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.intent import GuardAction, Intent, Intervention
+from caesura_vmcontrol.kernel_change import VmArrival
 from caesura_vmcontrol.probes import ASKING_PLANS, ProbeResult, SocketProbes
 from caesura_vmcontrol.procfs import Process, process_table
 from caesura_vmcontrol.resume_plans import ResumePlan, SignalPlan
@@ -168,6 +170,11 @@ class Watchdog:
         elif is_news:
             self.look_again()  # its last act may have been a freeze
 
+    def record(self) -> None:
+        """Write the intent as it is now. Raises OSError."""
+        if self._intent is not None:
+            self._store.store(self._intent)
+
     def fire(self, why: str) -> None:
         """Resume everything of the operation, now."""
         intent = self._intent
@@ -318,6 +325,27 @@ class Watchdog:
         seen = {each.vm: each.was_held or bool(each.why_not) for each in self._probes.ended(_LOOK_ROUND_S)}
         return any(seen.get(vm, True) for vm in asked)
 
+    def _note_arrival(self, intent: Intent, vm: str, state: Condition, at: float) -> bool:
+        """After a change of the kernel: a guest that could not be resumed at the arrival, and now is; whether it is new."""
+        arrival = intent.kernel_change.arrival if intent.kernel_change is not None else None
+        if arrival is None or state not in ("running", "gone"):
+            return False
+        before = arrival.vms.get(vm)
+        if before is not None and before.end != "undecided":
+            return False
+        owner = claims.Owner("gone")
+        fired = intent.fired.vms[vm] if intent.fired is not None else None
+        if fired is not None and fired.owner:
+            owner = claims.parse_owner(fired.owner)
+        arrival.vms[vm] = VmArrival(
+            "running" if state == "running" else "lost",
+            time.time() - (self._clock() - at) if state == "running" else None,
+            owner.pid,
+            owner.start_ticks,
+            "" if before is None else before.why,
+        )
+        return True
+
     def _note(self, vm: str, was_held: bool, state: Condition, at: float) -> bool:
         """Record what was found of one VM; whether it is new."""
         if self._intent is None or self._intent.fired is None:
@@ -335,6 +363,8 @@ class Watchdog:
                 "running",
             ):  # it was only believed to be gone
                 intervention.end, intervention.running_at = state, at
+            if self._note_arrival(self._intent, vm, state, at):
+                return True
         return asdict(intervention) != before
 
     def _held(self, plan: ResumePlan, table: Mapping[int, Process] | None) -> bool:

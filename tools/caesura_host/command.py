@@ -9,13 +9,14 @@ from collections.abc import Callable
 import click
 import msgspec
 
+from caesura.lifecycle.loaded_kernel import LoadedKernel, carve_outs
 from caesura.runtime.errors import CaesuraError
 from caesura_ctl.options import fail, print_json
 from caesura_host.hook_files import HOOK_VERSION, installed_texts
 from caesura_host.host_files import HostError, HostFolder
-from caesura_host.kernel_command_line import BadCarveOut, carve_outs, parse_carve_out
-from caesura_host.kernel_loading import LoadedKernel, load_kernel, unload_kernel
-from caesura_host.preparation import SETTINGS, Step, Wanted, steps
+from caesura_host.kernel_command_line import BadCarveOut, parse_carve_out
+from caesura_host.kernel_loading import load_kernel, unload_kernel
+from caesura_host.preparation import SETTINGS, Step, WantedPreparation, steps
 
 _PREPARE_EPILOG = """\b
 examples:
@@ -163,7 +164,7 @@ def prepare_kexec(
             parse_carve_out(region)
         except BadCarveOut as error:
             raise click.UsageError(str(error)) from error
-        wanted = Wanted(
+        wanted = WantedPreparation(
             memmap=region,
             uuid=found.new_uuid(),
             carve_out=carve_out,

@@ -18,9 +18,9 @@ from caesura_host.preparation import (
     FSTAB,
     GRUB,
     SETTINGS,
-    HostFacts,
+    PreparationFacts,
     Step,
-    Wanted,
+    WantedPreparation,
     block_of,
     settings_of,
     with_block,
@@ -110,7 +110,7 @@ class HostFolder:
         """The one that the host was prepared with, else another one."""
         return self.settings().get("CARVE_OUT_UUID") or str(uuid.uuid4())
 
-    def facts(self, carve_out: str) -> HostFacts:
+    def facts(self, carve_out: str) -> PreparationFacts:
         """What was found.
 
         Raises:
@@ -125,7 +125,7 @@ class HostFolder:
             for image in sorted(self._place("/boot").glob("initrd.img-*")):
                 if not image.is_symlink():
                     hooks[image.name.removeprefix("initrd.img-")] = hook_version(image, self._run)
-        return HostFacts(
+        return PreparationFacts(
             command_line=(self._text("/proc/cmdline") or "").strip(),
             files=files,
             has_grub=self._place("/etc/default/grub").exists(),
@@ -150,7 +150,7 @@ class HostFolder:
                 return options
         return None
 
-    def apply(self, wanted: Wanted, found: Sequence[Step], say: Callable[[str], None]) -> None:
+    def apply(self, wanted: WantedPreparation, found: Sequence[Step], say: Callable[[str], None]) -> None:
         """Make what is not done and can be made.
 
         Raises:
@@ -182,7 +182,7 @@ class HostFolder:
             say("update-initramfs -u -k all")
             self._run(("update-initramfs", "-u", "-k", "all"))
 
-    def _mount(self, wanted: Wanted, say: Callable[[str], None]) -> None:
+    def _mount(self, wanted: WantedPreparation, say: Callable[[str], None]) -> None:
         place = self._place(wanted.carve_out)
         place.mkdir(parents=True, exist_ok=True)
         if self._device_uuid() == wanted.uuid and self._mount_options(wanted.carve_out) is None:
@@ -227,7 +227,7 @@ class HostFolder:
             raise HostError(f"{step.path} cannot be written: {error.strerror}. Run it as root") from error
 
     def undo(self, found: Sequence[Step], say: Callable[[str], None]) -> list[str]:
-        """Remove the files and lines of ours. The carve-out's file system stays: its content is the operator's.
+        """Remove our files and lines. The carve-out's file system stays: its content is the operator's.
 
         Returns:
             sentences about what was left, since it is not as it was written.

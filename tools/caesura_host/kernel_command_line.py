@@ -40,17 +40,6 @@ def parse_carve_out(text: str) -> tuple[int, int]:
     return size, start
 
 
-def carve_outs(command_line: str) -> list[str]:
-    """The regions that ``memmap=SIZE!START`` words keep, in order; one word may name several, with commas between."""
-    return [
-        region
-        for word in command_line.split()
-        if word.startswith("memmap=")
-        for region in word.removeprefix("memmap=").split(",")
-        if "!" in region
-    ]
-
-
 def next_command_line(current: str) -> str:
     """What a kernel is given that takes the place of the running one: all that this one has, but the boot loader's words."""
     return " ".join(word for word in current.split() if not word.startswith(_OF_THE_LOADER))

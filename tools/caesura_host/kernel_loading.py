@@ -7,22 +7,10 @@ from pathlib import Path
 
 import msgspec
 
+from caesura.lifecycle.loaded_kernel import RECORD, LoadedKernel, carve_outs
 from caesura_host.hook_files import HOOK_VERSION
 from caesura_host.host_files import HostError, Run, hook_version, run_program
-from caesura_host.kernel_command_line import carve_outs, next_command_line
-
-RECORD = "/run/caesura/kexec-loaded.json"
-
-
-class LoadedKernel(msgspec.Struct, frozen=True, kw_only=True):
-    """What was loaded, and in which boot."""
-
-    boot_id: str
-    release: str
-    kernel: str
-    initrd: str
-    command_line: str
-    hook_version: str
+from caesura_host.kernel_command_line import next_command_line
 
 
 def load_kernel(

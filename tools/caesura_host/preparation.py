@@ -1,7 +1,7 @@
 """What a host needs before its kernel can be replaced under running guests: facts in, a list of steps out. Pure.
 
-A step is a file that holds exactly our text, a block of lines of ours in somebody else's file, or a command. What another
-program or person wrote is never changed: a file of ours is removed only while it is as we wrote it.
+A step is a file that holds exactly our text, a block of our lines in somebody else's file, or a command. What another
+program or person wrote is never changed: our file is removed only while it is as we wrote it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Literal
 
 import msgspec
 
-from caesura_host.kernel_command_line import carve_outs, parameter
+from caesura.lifecycle.loaded_kernel import carve_outs
+from caesura_host.kernel_command_line import parameter
 
 GRUB = "/etc/default/grub.d/caesura.cfg"
 FSTAB = "/etc/fstab"
@@ -20,7 +21,7 @@ _BEGIN = "# begin of caesura host prepare-kexec"
 _END = "# end of caesura host prepare-kexec"
 
 
-class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+class WantedPreparation(msgspec.Struct, frozen=True, kw_only=True):
     """What the operator wants.
 
     Args:
@@ -48,7 +49,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     hook_version: str
 
 
-class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
+class PreparationFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What was found on the host.
 
     Args:
@@ -80,7 +81,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
         about: what it is, for people.
         done: whether the host has it.
         remedy: what to do when it has not.
-        kind: ``file``: a file of ours; ``block``: lines of ours in a file; ``command``: a program run by ``--apply``;
+        kind: ``file``: our own file; ``block``: our lines in a file; ``command``: a program run by ``--apply``;
             ``manual``: something that only the operator can do.
         path: of the file.
         text: of the file or block.
@@ -97,7 +98,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     argv: tuple[str, ...] = ()
 
 
-def steps(wanted: Wanted, facts: HostFacts, own_files: Mapping[str, str]) -> list[Step]:
+def steps(wanted: WantedPreparation, facts: PreparationFacts, own_files: Mapping[str, str]) -> list[Step]:
     """What the host needs, in the order in which it is made.
 
     Args:
@@ -124,7 +125,7 @@ def steps(wanted: Wanted, facts: HostFacts, own_files: Mapping[str, str]) -> lis
     return found
 
 
-def _packages(facts: HostFacts) -> Step:
+def _packages(facts: PreparationFacts) -> Step:
     needed = {
         "kexec": "kexec-tools",
         "update-initramfs": "initramfs-tools",
@@ -140,7 +141,7 @@ def _packages(facts: HostFacts) -> Step:
     )
 
 
-def _file(path: str, text: str, facts: HostFacts) -> Step:
+def _file(path: str, text: str, facts: PreparationFacts) -> Step:
     return Step(
         name=f"file:{path}",
         about=f"{path} is the one of this version",
@@ -151,7 +152,7 @@ def _file(path: str, text: str, facts: HostFacts) -> Step:
     )
 
 
-def _boot(wanted: Wanted, facts: HostFacts) -> Step:
+def _boot(wanted: WantedPreparation, facts: PreparationFacts) -> Step:
     words = boot_words(wanted)
     missing = [word for word in words if not _has(facts.command_line, word)]
     if facts.has_grub:
@@ -177,7 +178,7 @@ def _has(command_line: str, word: str) -> bool:
     return parameter(command_line, name) is not None
 
 
-def _file_system(wanted: Wanted, facts: HostFacts) -> Step:
+def _file_system(wanted: WantedPreparation, facts: PreparationFacts) -> Step:
     made = facts.device_uuid == wanted.uuid
     remedy = "caesura host prepare-kexec --apply"
     if facts.device_uuid is None:
@@ -201,7 +202,7 @@ def _file_system(wanted: Wanted, facts: HostFacts) -> Step:
     )
 
 
-def _mount(facts: HostFacts) -> Step:
+def _mount(facts: PreparationFacts) -> Step:
     options = (facts.mount_options or "").split(",")
     done = "dax=always" in options
     if facts.mount_options is None:
@@ -216,7 +217,7 @@ def _mount(facts: HostFacts) -> Step:
     )
 
 
-def _initramfs(wanted: Wanted, facts: HostFacts) -> list[Step]:
+def _initramfs(wanted: WantedPreparation, facts: PreparationFacts) -> list[Step]:
     stale = sorted(
         release for release, version in facts.initramfs_hooks.items() if version != wanted.hook_version
     )
@@ -232,7 +233,7 @@ def _initramfs(wanted: Wanted, facts: HostFacts) -> list[Step]:
     ]
 
 
-def _initramfs_remedy(facts: HostFacts, stale: list[str]) -> str:
+def _initramfs_remedy(facts: PreparationFacts, stale: list[str]) -> str:
     if not facts.initramfs_hooks:
         return (
             "no /boot/initrd.img-RELEASE was found, or lsinitramfs is missing: the hook needs initramfs-tools"
@@ -240,24 +241,24 @@ def _initramfs_remedy(facts: HostFacts, stale: list[str]) -> str:
     return f"update-initramfs -u -k {stale[0] if len(stale) == 1 else 'all'}" if stale else ""
 
 
-def boot_words(wanted: Wanted) -> list[str]:
+def boot_words(wanted: WantedPreparation) -> list[str]:
     """What every kernel of the host is given."""
     words = [f"memmap={wanted.memmap}", f"panic={wanted.panic_s}"]
     return [*words, f"crashkernel={wanted.crash_mib}M"] if wanted.crash_release else words
 
 
-def grub_text(wanted: Wanted) -> str:
+def grub_text(wanted: WantedPreparation) -> str:
     """GRUB's variables are a shell file, sourced after /etc/default/grub."""
     return f'# Made by caesura host prepare-kexec; update-grub reads it.\nGRUB_CMDLINE_LINUX="$GRUB_CMDLINE_LINUX {" ".join(boot_words(wanted))}"\n'
 
 
-def fstab_lines(wanted: Wanted) -> str:
-    """The lines of ours in /etc/fstab. ``nofail``: a kernel without the carve-out boots all the same."""
+def fstab_lines(wanted: WantedPreparation) -> str:
+    """Our lines in /etc/fstab. ``nofail``: a kernel without the carve-out boots all the same."""
     options = "dax=always,nofail,x-systemd.device-timeout=5"
     return f"{_BEGIN}\nUUID={wanted.uuid} {wanted.carve_out} ext4 {options} 0 0\n{_END}\n"
 
 
-def settings_text(wanted: Wanted) -> str:
+def settings_text(wanted: WantedPreparation) -> str:
     """What the hook and its script read: a shell file."""
     return (
         "# Made by caesura host prepare-kexec; read by the initramfs hook. After a change: update-initramfs -u -k all\n"

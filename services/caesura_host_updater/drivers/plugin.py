@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -19,12 +19,13 @@ from msgspec.structs import fields
 from caesura.contract.names import InvalidName, check_name
 from caesura.runtime.errors import ConfigError
 from caesura_host_updater.drivers.port import KNOWN, Driver, DriverError, UnknownPlan, guard_plan
+from caesura_host_updater.inventory.kernel_options import KernelOptions
 from caesura_host_updater.inventory.vm_spec import VmSpec
 from caesura_vmcontrol.resume_plans import MECHANISMS, Mechanism
 
 GROUP = "caesura.drivers"
 
-_COMMON_KEYS = ("host", "driver", "vm")
+_COMMON_KEYS = ("host", "driver", "kernel", "vm")
 """The keys of a host file that are not a driver's table."""
 
 V = TypeVar("V", bound=VmSpec)
@@ -46,6 +47,7 @@ class DriverSetup(Generic[V, O]):
         state_dir: the state folder; it exists.
         environ: what processes inherit that the driver starts.
         max_digest_bytes: memory above this is not digested whole.
+        kernel: the host file's table ``[kernel]``.
     """
 
     host: str
@@ -54,6 +56,7 @@ class DriverSetup(Generic[V, O]):
     state_dir: Path
     environ: Mapping[str, str]
     max_digest_bytes: int
+    kernel: KernelOptions = field(default_factory=KernelOptions)
 
 
 class DriverPlugin(ABC, Generic[V, O]):
@@ -73,6 +76,14 @@ class DriverPlugin(ABC, Generic[V, O]):
     @abstractmethod
     def vm_error(self, vm: V, options: O) -> str:
         """What is wrong with a VM beyond its types, behind its name: ``has no [[vm.process]]``. Empty: nothing."""
+
+    def kernel_error(self, kernel: KernelOptions, options: O) -> str:  # noqa: ARG002 - for subclasses
+        """Why the host file may not have this table ``[kernel]`` with this driver; empty: it may."""
+        return (
+            f'[kernel]: kexec = true needs driver = "qemu": {self.name!r} keeps no VM over a change of the kernel'
+            if kernel.kexec
+            else ""
+        )
 
     def discover(self, options: O, known: Collection[str]) -> tuple[tuple[V, ...], Mapping[str, str]]:  # noqa: ARG002 - for subclasses
         """VMs that run here and that the host file does not name, and where one was passed over: place to reason. Blocking.

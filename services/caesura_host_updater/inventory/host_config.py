@@ -26,6 +26,7 @@ from caesura_host_updater.drivers.plugin import (
     load_plugin,
 )
 from caesura_host_updater.files import read_regular
+from caesura_host_updater.inventory.kernel_options import KernelOptions, kernel_error
 from caesura_host_updater.inventory.vm_details_table import details_error
 from caesura_host_updater.inventory.vm_spec import VmSpec
 
@@ -45,6 +46,7 @@ class HostFile(msgspec.Struct, frozen=True, kw_only=True):
     """Of the driver's ``vm_type``."""
     options: Any = None
     """The driver's table, of its ``options_type``; None where no driver is made from it."""
+    kernel: KernelOptions = KernelOptions()
 
 
 class _Head(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,6 +60,7 @@ class _Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     host: str
     driver: str = "process"
+    kernel: KernelOptions = KernelOptions()
 
 
 def parse_host_file(text: str, name: str) -> HostFile:
@@ -79,8 +82,12 @@ def parse_host_file(text: str, name: str) -> HostFile:
     except msgspec.ValidationError as error:
         raise HostFileError(f"{name}: {describe_error(error, wanted)}") from error
     table = {field.name: getattr(read, field.name) for field in fields(wanted)}
-    file = HostFile(host=read.host, driver=plugin.name, vm=table["vm"], options=table[plugin.name])
+    file = HostFile(
+        host=read.host, driver=plugin.name, vm=table["vm"], options=table[plugin.name], kernel=read.kernel
+    )
     _check_names(file, name)
+    if wrong := kernel_error(file.kernel) or plugin.kernel_error(file.kernel, file.options):
+        raise HostFileError(f"{name}: {wrong}")
     for vm in file.vm:
         if vm.set and vm.update_domain is None:
             raise HostFileError(

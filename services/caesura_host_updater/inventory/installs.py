@@ -27,8 +27,8 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True):
 
 def marks_of(op: Operation, at: datetime) -> tuple[Mark, ...]:
     """What to remember of an operation that ended."""
-    # The new VMM of a swap or replace may be installed while a guest still runs in the old one.
-    whole = op.method not in ("swap", "replace") or op.end == "completed"
+    # The new VMM of a swap or replace may be installed while a guest still runs in the old one; a kernel may be loaded and not run.
+    whole = op.method not in ("swap", "replace", "kexec") or op.end == "completed"
     return tuple(
         Mark(
             update=op.update,

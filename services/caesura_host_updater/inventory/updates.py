@@ -15,7 +15,16 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from caesura.contract.messages import Impact, Method, RefusedUpdate, Scope, UpdateRecord, VmmChange
+from caesura.contract.messages import (
+    Impact,
+    KernelRelease,
+    KernelUpdate,
+    Method,
+    RefusedUpdate,
+    Scope,
+    UpdateRecord,
+    VmmChange,
+)
 from caesura.contract.names import InvalidName, check_name
 from caesura.lifecycle.budget import SHUTDOWN_S
 from caesura.runtime.toml_lines import key_lines, line_of, syntax_error_at
@@ -51,6 +60,10 @@ class UpdateFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Impact reboot: how long a VM may take to shut down; one that takes longer fails the update before it runs."""
     kill_after_timeout: bool = False
     """Impact reboot: a VM that takes longer is killed instead; what it had not written to its disks is lost."""
+    kernel: KernelUpdate = ""
+    """``kexec``: while guests run, ``argv`` loads another kernel for the host; it is started with their memory in RAM (method kexec)."""
+    kernel_release: KernelRelease = ""
+    """Kernel kexec: the kernel that ``argv`` loads, as ``uname -r`` names it."""
     installed: tuple[str, ...] = ()
     """A command whose exit code 0 means that the update is installed; empty: what succeeded here is remembered."""
 
@@ -59,6 +72,8 @@ class UpdateFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         """The only method by which it can be applied."""
         if self.impact != "pause":
             return "live" if self.impact == "none" else "reboot"
+        if self.kernel:
+            return "kexec"
         by_vmm: dict[VmmChange, Method] = {"": "freeze", "beside": "swap", "instead": "replace"}
         return by_vmm[self.vmm]
 
@@ -75,6 +90,8 @@ class UpdateFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             vmm=self.vmm,
             shutdown_s=self.shutdown_s,
             kill_after_timeout=self.kill_after_timeout,
+            kernel=self.kernel,
+            kernel_release=self.kernel_release,
         )
 
 
@@ -128,8 +145,22 @@ def _misused(update: UpdateFile) -> tuple[str, str] | None:
         return "kill_after_timeout", "kill_after_timeout needs impact = 'reboot': nothing else shuts VMs down"
     if update.vmm == "beside" and update.scope != "vm":
         return "scope", "vmm = 'beside' needs scope = 'vm': each VM is swapped by itself"
-    if update.vmm_binary and not update.vmm:
-        return "vmm_binary", "vmm_binary says nothing without vmm = 'beside' or 'instead'"
+    if update.vmm_binary and not update.vmm and not update.kernel:
+        return (
+            "vmm_binary",
+            "vmm_binary says nothing without vmm = 'beside' or 'instead', or kernel = 'kexec'",
+        )
+    if update.kernel and (update.impact, update.scope) != ("pause", "host"):
+        return "kernel", "kernel = 'kexec' needs impact = 'pause' and scope = 'host'"
+    if update.kernel and update.vmm:
+        return (
+            "vmm",
+            "with kernel = 'kexec' every VM gets a new VMM process: leave vmm out (vmm_binary may name it)",
+        )
+    if update.kernel and not update.kernel_release:
+        return "kernel", "kernel = 'kexec' needs kernel_release, what `uname -r` says when it runs"
+    if update.kernel_release and not update.kernel:
+        return "kernel_release", "kernel_release says nothing without kernel = 'kexec'"
     if update.vmm_binary and not update.vmm_binary.startswith("/"):
         return "vmm_binary", "vmm_binary must be an absolute path"
     return None

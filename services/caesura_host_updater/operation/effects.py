@@ -62,6 +62,18 @@ class DigestVms(msgspec.Struct, frozen=True):
     """Those whose whole memory is digested too."""
 
 
+class CheckKernel(msgspec.Struct, frozen=True):
+    """See whether the host can start this kernel under its VMs, and that it is the one that is loaded."""
+
+    release: str
+
+
+class LeaveKernel(msgspec.Struct, frozen=True):
+    """Have the broker and the disk take what is known, then have the guard start the loaded kernel; not after ``by``."""
+
+    by: float
+
+
 class RunUpdate(msgspec.Struct, frozen=True):
     """Start the update, once for each key."""
 
@@ -110,6 +122,8 @@ Effect = (
     | StartVms
     | FreezeVms
     | DigestVms
+    | CheckKernel
+    | LeaveKernel
     | RunUpdate
     | StopUpdate
     | ResumeVms

@@ -99,6 +99,22 @@ class VmNotStarted(msgspec.Struct, frozen=True):
     why: str
 
 
+class KernelReady(msgspec.Struct, frozen=True):
+    """The host can start the loaded kernel under its VMs, and it is the update's."""
+
+
+class KernelNotReady(msgspec.Struct, frozen=True):
+    """It cannot, or another one is loaded. Nothing was paused."""
+
+    why: str
+
+
+class NotLeft(msgspec.Struct, frozen=True):
+    """The guard could not start the other kernel: this one still runs."""
+
+    why: str
+
+
 class VmFroze(msgspec.Struct, frozen=True):
     """Confirmed to be paused."""
 
@@ -204,6 +220,9 @@ Event = (
     | VmStarted
     | VmNotStarted
     | VmNotSwapped
+    | KernelReady
+    | KernelNotReady
+    | NotLeft
     | VmFroze
     | VmNotFrozen
     | VmLost

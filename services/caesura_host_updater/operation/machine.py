@@ -32,6 +32,9 @@ from caesura_host_updater.operation.inputs import (
     Disarmed,
     Event,
     GuardLost,
+    KernelNotReady,
+    KernelReady,
+    NotLeft,
     Outcome,
     ResumeEnded,
     Sampled,
@@ -50,6 +53,8 @@ from caesura_host_updater.operation.inputs import (
     VmStarted,
     VmSwapped,
 )
+from caesura_host_updater.operation.leaving import leave, not_left
+from caesura_host_updater.operation.leaving import overdue as not_left_in_time
 from caesura_host_updater.operation.reboot import (
     not_stopped_in_time,
     shut_down,
@@ -96,6 +101,7 @@ _BEFORE_RESUME: tuple[Phase, ...] = (
     "frozen",
     "updating",
     "updated",
+    "leaving",
 )
 
 
@@ -110,8 +116,10 @@ def decide(op: Operation, event: Event, now: float) -> Decision:  # noqa: PLR091
             return _begin(op, event, now)
         case Armed() | ArmRefused():
             return _armed(op, event, now)
-        case VmPrepared() | VmNotPrepared():
+        case VmPrepared() | VmNotPrepared() | KernelReady() | KernelNotReady():
             return prepared(op, event, now)
+        case NotLeft():
+            return not_left(op, event)
         case VmSwapped() | VmNotSwapped():
             return swapped(op, event)
         case VmFroze() | VmNotFrozen():
@@ -145,7 +153,7 @@ def _begin(op: Operation, event: Start, now: float) -> Decision:
         raise UnexpectedEvent(op.phase, event, "accepted")
     if op.end is not None or op.aborted:
         return finish(op)
-    if op.method == "live" or (op.method == "swap" and op.update):
+    if op.method in ("live", "kexec") or (op.method == "swap" and op.update):
         return _start_update(op, now)
     if op.method in ("swap", "replace"):
         return prepare(op, now)
@@ -204,6 +212,8 @@ def _freeze_result(op: Operation, event: VmFroze | VmNotFrozen, now: float) -> D
 
 
 def _frozen(op: Operation, now: float) -> Decision:
+    if op.method == "kexec":
+        return leave(op, now)
     deadlines = deadlines_of(op)
     whole = frozenset(vm.vm for vm in op.vms if vm.can_digest)
     digest = tuple(vm.vm for vm in op.vms if vm.can_digest or vm.can_sample)
@@ -257,7 +267,7 @@ def _digested(op: Operation, event: Digested, now: float) -> Decision:
 
 
 def _start_update(op: Operation, now: float) -> Decision:
-    """From frozen; at once for method live, and for swap, whose update runs before anything pauses."""
+    """From frozen; at once for method live, and for swap and kexec, whose update runs before anything pauses."""
     deadlines = op.deadlines
     if deadlines is not None and now >= deadlines.update_until:
         return resume_all(failed(op, "pause_ran_out", "the budget was used up before the update could start"))
@@ -303,7 +313,7 @@ def _updated(op: Operation, now: float) -> Decision:
     """The update is over: check memory if there is time, then resume."""
     if op.method == "live":
         return finish(op)
-    if op.method == "swap":
+    if op.method in ("swap", "kexec"):
         return prepare(changed(op, kill_at=None), now)
     if op.method == "reboot":
         return start(op)
@@ -338,7 +348,7 @@ def _stop_update(op: Operation, now: float, outcome: Outcome) -> Decision:
 
 
 def _vm_lost(op: Operation, event: VmLost, now: float) -> Decision:
-    if op.phase not in ("freezing", "frozen", "updating", "updated"):
+    if op.phase not in ("freezing", "frozen", "updating", "updated", "leaving"):
         return op, ()
     op = changed_vm(op, event.vm, error=vm_of(op, event.vm).error or event.why)
     op = failed(op, "vm_ended", f"VM {event.vm} {event.why}")
@@ -355,6 +365,8 @@ def _abort(op: Operation, event: AbortReceived, now: float) -> Decision:
     op = changed(failed(op, event.code, f"aborted: {event.why}" if event.why else "aborted"), aborted=True)
     if op.phase in ("accepted", "preparing", "arming"):
         return op, ()  # Start, the last VM's answer, or the guard's ends it without a freeze
+    if op.phase == "leaving":
+        return op, ()  # the guard's answer ends it; without one there was a jump, and VMs run again after it
     if op.phase == "updating" and update_runs(op):
         return _stop_update(op, now, "interrupted") if op.kill_at is None else (op, ())
     return start(op) if op.method == "reboot" else resume_all(op)
@@ -383,6 +395,8 @@ def _tick(op: Operation, now: float) -> Decision:  # noqa: PLR0912 - one flat ta
             return not_prepared_in_time(op)
         case "swapping":
             return overdue(op)
+        case "leaving":
+            return not_left_in_time(op)
         case "stopping":
             return not_stopped_in_time(op)
         case "freezing":

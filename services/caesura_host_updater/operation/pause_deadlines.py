@@ -34,6 +34,11 @@ class PauseDeadlines(msgspec.Struct, frozen=True):
         return self.started_at + digest_by_s(self.budget_s)
 
     @property
+    def leave_by(self) -> float:
+        """The other kernel is not started any more (kexec): two thirds of the budget are for its boot."""
+        return self.started_at + self.budget_s / 3
+
+    @property
     def update_until(self) -> float:
         """The update is asked to end."""
         return self.started_at + self.budget_s - 3 * self.margin_s

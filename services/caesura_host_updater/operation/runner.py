@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
@@ -24,12 +24,14 @@ from caesura_host_updater.inventory.updates import UpdateFile
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation.effects import (
     Arm,
+    CheckKernel,
     DigestVms,
     Disarm,
     Effect,
     Finish,
     FreezeVms,
     KillVm,
+    LeaveKernel,
     Persist,
     PrepareVms,
     PublishFrozen,
@@ -49,6 +51,9 @@ from caesura_host_updater.operation.inputs import (
     Event,
     GuardIntervention,
     GuardLost,
+    KernelNotReady,
+    KernelReady,
+    NotLeft,
     Outcome,
     Start,
     TimePassed,
@@ -61,8 +66,10 @@ from caesura_host_updater.operation.vm_actions import VmActions
 from caesura_host_updater.pause_markers import NotMarked
 from caesura_host_updater.update_process import UpdateNotStarted, UpdateProcess, update_environ
 from caesura_vmcontrol.intent import Intent
+from caesura_vmcontrol.kernel_change import KernelChange
 from caesura_vmcontrol.resume_plans import ResumePlan
 
+_PUBLISH_S = 0.5  # s: for the broker to have the facts of a pause before the host leaves it
 _FLUSH_S = 2.0  # s: for the journal to write what was posted, before the guard releases the operation
 
 _log = get_logger("caesura.pause")
@@ -78,8 +85,17 @@ class Guard(Protocol):
 
     on_lost: Callable[[], None]
 
-    async def arm(self, operation: str, deadline: float, plans: Sequence[ResumePlan]) -> None:
-        """Hold the operation from now on. Raises GuardUnavailable."""
+    async def arm(
+        self,
+        operation: str,
+        deadline: float,
+        plans: Sequence[ResumePlan],
+        change: KernelChange | None = None,
+    ) -> None:
+        """Hold the operation from now on, with ``change`` over a change of the host's kernel. Raises GuardUnavailable."""
+
+    async def leave(self, operation: str, by: float) -> None:
+        """Start the loaded kernel, not after ``by`` (CLOCK_MONOTONIC); returns only as an error. Raises GuardUnavailable."""
 
     async def disarm(self, operation: str) -> Intent | None:
         """Release the operation; returns what the guard did if it fired. Raises GuardUnavailable."""
@@ -95,6 +111,16 @@ class Marking(Protocol):
         """These VMs run again, or are gone."""
 
 
+class Kernels(Protocol):
+    """What an operation needs to know of the host's kernel; ``KernelReadiness`` is the real one."""
+
+    async def error(self, release: str, budget_s: float) -> str:
+        """Why the host cannot start the loaded kernel under its VMs, or that it is another one; empty: it can."""
+
+    def change_to(self, release: str) -> KernelChange:
+        """What the guard has to know of the change."""
+
+
 class OperationRunner:
     """One operation, run once.
 
@@ -102,6 +128,8 @@ class OperationRunner:
         pauses: marks the VMs before the first of them is frozen.
         announce: accepts each fact for the bus, with the state that makes it true; must not wait.
         on_change: called when the state of a VM may have changed.
+        kernels: what method kexec asks; None: no kernel is started under VMs here.
+        published: waits until the broker has every fact, for so many seconds at most.
     """
 
     def __init__(
@@ -118,7 +146,11 @@ class OperationRunner:
         environ: Mapping[str, str],
         announce: Callable[[VmFrozen | VmResumed, Operation], None],
         on_change: Callable[[], None],
+        kernels: Kernels | None = None,
+        published: Callable[[float], Awaitable[object]] | None = None,
     ) -> None:
+        self._kernels = kernels
+        self._published = published
         self.command = command
         self.state = state
         self._update = update
@@ -156,7 +188,7 @@ class OperationRunner:
                 await asyncio.gather(*self._tasks, return_exceptions=True)
             for process in self._processes.values():
                 process.close()
-            if self.state.method in ("swap", "replace"):
+            if self.state.method in ("swap", "replace", "kexec"):
                 await self._release()
         # Not in the `finally`: with an error in between, VMs may still be paused.
         self._pauses.remove(vm.vm for vm in self.state.vms)
@@ -227,6 +259,10 @@ class OperationRunner:
             case DigestVms(vms, until, whole):
                 for name in vms:
                     self._start(self._actions.digest(name, until, whole=name in whole))
+            case CheckKernel(release):
+                self._start(self._check_kernel(release))
+            case LeaveKernel(by):
+                self._start(self._leave(by))
             case RunUpdate(keys):
                 for key in keys:
                     self._start(self._apply(key))
@@ -265,7 +301,7 @@ class OperationRunner:
         try:
             plans = [guard_plan(self._driver, vm.vm) for vm in self.state.vms]
             await self._pauses.write(self.state.operation, plans)
-            await self._guard.arm(self.state.operation, deadline, plans)
+            await self._guard.arm(self.state.operation, deadline, plans, self._change())
         except NotMarked as error:
             self._events.put_nowait(ArmRefused(str(error), "its VMs could not be marked"))
         except (GuardUnavailable, DriverError) as error:
@@ -275,6 +311,42 @@ class OperationRunner:
             raise
         else:
             self._events.put_nowait(Armed())
+
+    def _change(self) -> KernelChange | None:
+        if self.state.method != "kexec" or self._kernels is None:
+            return None
+        return self._kernels.change_to(self.state.kernel_release)
+
+    async def _check_kernel(self, release: str) -> None:
+        if self._kernels is None:
+            why = "this host starts no kernel under its VMs"
+        else:
+            try:
+                why = await self._kernels.error(release, self.state.budget_s)
+            except Exception as error:
+                self._events.put_nowait(KernelNotReady(repr(error)))
+                raise
+        self._events.put_nowait(KernelNotReady(why) if why else KernelReady())
+
+    async def _leave(self, by: float) -> None:
+        """Facts to the broker, for a moment; the journal to the disk, without which nothing is known after the jump; then go."""
+        if self._published is not None:
+            await self._published(_PUBLISH_S)
+        try:
+            async with asyncio.timeout(max(0.0, by - time.monotonic())):
+                await self._journal.do(lambda _: None)  # everything posted before it is on the disk
+            await self._guard.leave(self.state.operation, by)
+        except (StoreError, TimeoutError) as error:
+            self._events.put_nowait(
+                NotLeft(f"its journal is not on the disk: {error or 'the disk does not answer'}")
+            )
+        except GuardUnavailable as error:
+            self._events.put_nowait(NotLeft(str(error)))
+        except Exception as error:
+            self._events.put_nowait(NotLeft(repr(error)))
+            raise
+        else:
+            self._events.put_nowait(NotLeft("the pause guard says that it did, and this kernel still runs"))
 
     def _stop_watching(self) -> None:
         if self._watching is not None:
@@ -329,4 +401,4 @@ def inherited_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if not name.startswith("CAESURA_HOST_UPDATER_")}
 
 
-__all__ = ["Guard", "OperationRunner", "disarmed", "inherited_environment", "to_wall_clock"]
+__all__ = ["Guard", "Kernels", "OperationRunner", "disarmed", "inherited_environment", "to_wall_clock"]

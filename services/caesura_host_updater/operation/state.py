@@ -24,11 +24,14 @@ Phase = Literal[
     "frozen",
     "updating",
     "updated",
+    "leaving",
     "starting",
     "resuming",
     "resumed",
     "ended",
 ]
+BEFORE_SAVING: frozenset[Phase] = frozenset(("accepted", "updating", "preparing", "arming"))
+"""The phases of an operation by method kexec in which nothing is paused: its update runs first."""
 End = Literal["completed", "failed", "cancelled"]
 
 
@@ -128,6 +131,10 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     """What a VM may take to shut down (reboot)."""
     kill_after_timeout: bool = False
     """Whether one that takes longer is killed; else it fails the operation before the update."""
+    kernel_release: str = ""
+    """The kernel that runs afterwards (kexec)."""
+    kernel_checked: bool = False
+    """Whether it is known if the host can start it; a failure says that it cannot."""
     vms: tuple[VmPause, ...]
     runs: tuple[UpdateRun, ...] = ()
     phase: Phase = "accepted"

@@ -17,7 +17,15 @@ from caesura_host_updater.operation.effects import (
     PublishFrozen,
     SwapVms,
 )
-from caesura_host_updater.operation.inputs import VmNotPrepared, VmNotSwapped, VmPrepared, VmSwapped
+from caesura_host_updater.operation.inputs import (
+    KernelNotReady,
+    KernelReady,
+    VmNotPrepared,
+    VmNotSwapped,
+    VmPrepared,
+    VmSwapped,
+)
+from caesura_host_updater.operation.leaving import all_checked, check_kernel, kernel_checked
 from caesura_host_updater.operation.resume import finish, publish_resumed, resume_all
 from caesura_host_updater.operation.state import (
     Decision,
@@ -35,28 +43,33 @@ def prepare(op: Operation, now: float) -> Decision:
     if op.failure or op.aborted:
         return finish(op)
     op = changed(op, phase="preparing", wake_at=now + PREPARE_S)
-    return op, (Persist(), PrepareVms(tuple(vm.vm for vm in op.vms)))
+    return op, (Persist(), *check_kernel(op), PrepareVms(tuple(vm.vm for vm in op.vms)))
 
 
-def prepared(op: Operation, event: VmPrepared | VmNotPrepared, now: float) -> Decision:
-    """One VM is ready, or cannot be; when all have answered the guard is armed, or nothing is done at all."""
+def prepared(
+    op: Operation, event: VmPrepared | VmNotPrepared | KernelReady | KernelNotReady, now: float
+) -> Decision:
+    """One VM or the kernel is ready, or cannot be; when all have answered the guard is armed, or nothing is done at all."""
     if op.phase != "preparing":
         return op, ()  # too late: it was not awaited
-    if isinstance(event, VmNotPrepared):
+    if isinstance(event, KernelReady | KernelNotReady):
+        op = kernel_checked(op, event)
+    elif isinstance(event, VmNotPrepared):
         op = changed_vm(op, event.vm, error=event.why)
         op = failed(
             op, "prepare_failed", f"nothing was frozen: VM {event.vm} cannot {op.method}: {event.why}"
         )
     else:
         op = changed_vm(op, event.vm, prepared=True)
-    if any(not vm.prepared and not vm.error for vm in op.vms):
+    if any(not vm.prepared and not vm.error for vm in op.vms) or not all_checked(op):
         return op, ()
     return finish(op) if op.failure or op.aborted else arm(op, now)
 
 
 def not_prepared_in_time(op: Operation) -> Decision:
     """Give up before anything was paused."""
-    late = ", ".join(vm.vm for vm in op.vms if not vm.prepared and not vm.error)
+    waits = [vm.vm for vm in op.vms if not vm.prepared and not vm.error]
+    late = ", ".join(waits if all_checked(op) else [*waits, f"kernel {op.kernel_release}"])
     return finish(
         failed(op, "prepare_failed", f"nothing was frozen: not ready within {PREPARE_S:g} s: {late}")
     )

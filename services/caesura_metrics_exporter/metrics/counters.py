@@ -28,7 +28,7 @@ NOTICE_BUCKETS = (1.0, 5.0, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 900.0, 
 SECONDS_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
 
 # The methods that pause VMs: the others have neither a budget to overrun nor a guard.
-_PAUSING: frozenset[m.Method] = frozenset({"swap", "freeze", "replace"})
+_PAUSING: frozenset[m.Method] = frozenset({"swap", "freeze", "replace", "kexec"})
 
 _REMEMBERED = 20_000  # facts; a large wave makes some hundreds, so repetitions of many waves are recognised
 

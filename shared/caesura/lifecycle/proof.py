@@ -21,7 +21,7 @@ BROKEN_WORDS: dict[ProofCode, str] = {
     "digest_equal": "digest differs",
 }
 NONE = "nothing shown"
-_PAUSED: frozenset[Method] = frozenset({"swap", "freeze", "replace"})
+_PAUSED: frozenset[Method] = frozenset({"swap", "freeze", "replace", "kexec"})
 """The methods that promise to keep memory and pause the guest."""
 _OF_MEMORY: frozenset[ProofCode] = frozenset({"canary_equal", "sampled_digest_equal", "digest_equal"})
 _ORDER: tuple[ProofCode, ...] = tuple(reversed(get_args(ProofCode)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from caesura.fleet.state import FleetState
 from caesura.lifecycle.command_compatibility import COMMANDS
 from caesura_coordinator.fleet_lookup import Contested, FleetLookup
 from caesura_coordinator.plan import make_plan
+from caesura_coordinator.plan_kernel import RETURN_S
 from caesura_coordinator.wave_gates import health_blockers
 from caesura_testing.refold import refold
 
@@ -583,3 +585,86 @@ def test_what_a_newer_host_can_do_and_show_does_not_make_its_inventory_unreadabl
     (wave,) = _plan(fleet(msgspec.json.decode(payload, type=m.HostInventory))).waves
     (planned,) = wave.vms
     assert (planned.method, planned.proofs) == ("freeze", ("digest_equal",))
+
+
+# -- another kernel under the VMs -----------------------------------------------------------------------------
+
+_KERNEL = m.UpdateRecord(
+    update="kernel",
+    version="6.1.192",
+    impact="pause",
+    scope="host",
+    expected_s=3.0,
+    timeout_s=60.0,
+    kernel="kexec",
+    kernel_release="6.1.0-9-amd64",
+)
+
+
+def _figure(seconds: float, to: str = "6.1.0-9-amd64", day: int = 1) -> m.KernelFigure:
+    return m.KernelFigure(
+        to=to, former="6.1.0-8-amd64", seconds=seconds, at=datetime(2026, 1, day, tzinfo=UTC)
+    )
+
+
+def _kernel(*figures: m.KernelFigure, kexec: bool = True, problems: tuple[str, ...] = ()) -> m.HostKernel:
+    return m.HostKernel(release="6.1.0-8-amd64", kexec=kexec, figures=figures, problems=problems)
+
+
+def test_a_measured_host_starts_another_kernel_under_its_vms(
+    build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    vms = [build(name, domain=number, methods=("freeze", "kexec")) for number, name in enumerate(("a", "b"))]
+    hosts = [
+        host(f"h{number}", vm, updates=(_KERNEL,), kernel=_kernel(_figure(12.0 + number)))
+        for number, vm in enumerate(vms)
+    ]
+    plan = _plan(fleet(*hosts), "kernel", budget_s=30.0)
+    assert not plan.refusals
+    assert [wave.hosts for wave in plan.waves] == [("h0",), ("h1",)]
+    assert {vm.method for wave in plan.waves for vm in wave.vms} == {"kexec"}
+    assert all("6.1.0-9-amd64" in vm.reason for wave in plan.waves for vm in wave.vms)
+    assert plan.event_type == "Freeze"
+    assert plan.expected_pause_s == 13.0, "the slowest of the measured hosts"
+    assert plan.outside_pause_s >= 60.0 + RETURN_S
+
+
+@pytest.mark.parametrize(
+    ("kernel", "code", "words"),
+    [
+        (None, "kernel_not_ready", "prepare-kexec"),
+        (_kernel(_figure(12.0), kexec=False), "kernel_not_ready", "[kernel] kexec = true"),
+        (_kernel(_figure(12.0), problems=("no DAX",)), "kernel_not_ready", "no DAX"),
+        (_kernel(), "kernel_unmeasured", "rehearse-kexec 6.1.0-9-amd64"),
+        (_kernel(_figure(12.0, to="6.1.0-7-amd64")), "kernel_unmeasured", "rehearse-kexec"),
+        (_kernel(_figure(20.1)), "budget_too_short", "20.1 s"),
+        (_kernel(_figure(12.0, day=1), _figure(25.0, day=2)), "budget_too_short", "25.0 s on 2026-01-02"),
+    ],
+)
+def test_no_kernel_without_a_prepared_and_measured_host(
+    kernel: m.HostKernel | None, code: str, words: str, build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    one = host("h1", build("a", methods=("kexec",)), updates=(_KERNEL,), kernel=kernel)
+    plan = _plan(fleet(one), "kernel", budget_s=30.0)
+    assert [(each.subject, each.code) for each in plan.refusals] == [("h1", code)]
+    assert words in plan.refusals[0].reason
+    assert not plan.waves
+
+
+def test_a_vm_that_cannot_cross_a_kernel_is_refused_with_its_reason(
+    build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    vm = build("a", methods=("freeze",), methods_missing={"kexec": "it has a TPM"})
+    plan = _plan(
+        fleet(host("h1", vm, updates=(_KERNEL,), kernel=_kernel(_figure(9.0)))), "kernel", budget_s=30.0
+    )
+    assert "it has a TPM" in _reasons(plan)["a"]
+
+
+def test_hosts_that_start_a_kernel_and_hosts_that_freeze_define_two_updates(
+    build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    other = msgspec.structs.replace(_KERNEL, kernel="", kernel_release="")
+    one = host("h1", build("a", methods=("kexec",)), updates=(_KERNEL,), kernel=_kernel(_figure(9.0)))
+    plan = _plan(fleet(one, host("h2", build("b"), updates=(other,))), "kernel", budget_s=30.0)
+    assert [each.code for each in plan.refusals] == ["update_differs"]

@@ -8,11 +8,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from caesura.lifecycle.loaded_kernel import LoadedKernel, carve_outs
 from caesura_host.hook_files import HOOK_VERSION, installed_texts
 from caesura_host.host_files import HostError, HostFolder
-from caesura_host.kernel_command_line import BadCarveOut, carve_outs, next_command_line, parse_carve_out
-from caesura_host.kernel_loading import LoadedKernel, load_kernel
-from caesura_host.preparation import GRUB, SETTINGS, Step, Wanted, settings_of, steps, with_block
+from caesura_host.kernel_command_line import BadCarveOut, next_command_line, parse_carve_out
+from caesura_host.kernel_loading import load_kernel
+from caesura_host.preparation import GRUB, SETTINGS, Step, WantedPreparation, settings_of, steps, with_block
 
 _UUID = "d522221c-b208-43de-9967-f974ae0ee917"
 _FSTAB = "/dev/vda / ext4 defaults 0 1\n"
@@ -20,7 +21,7 @@ _LINE = "BOOT_IMAGE=/boot/vmlinuz-a root=/dev/vda ro quiet"
 _TOOLS = frozenset(("kexec", "update-initramfs", "lsinitramfs", "mkfs.ext4", "blkid"))
 
 
-def _wanted(**others: str | int | bool) -> Wanted:
+def _wanted(**others: str | int | bool) -> WantedPreparation:
     fields: dict[str, str | int | bool] = {
         "memmap": "4G!8G",
         "uuid": _UUID,
@@ -33,7 +34,7 @@ def _wanted(**others: str | int | bool) -> Wanted:
         "crash_mib": 256,
         "hook_version": HOOK_VERSION,
     }
-    return msgspec.convert({**fields, **others}, Wanted)
+    return msgspec.convert({**fields, **others}, WantedPreparation)
 
 
 class _Host:
@@ -92,11 +93,11 @@ class _Host:
         self.put("proc/cmdline", f"{_LINE} {more}\n")
         self.put("dev/pmem0", "")
 
-    def steps(self, wanted: Wanted) -> list[Step]:
+    def steps(self, wanted: WantedPreparation) -> list[Step]:
         facts = self.folder.facts(wanted.carve_out)
         return steps(wanted, msgspec.structs.replace(facts, tools=_TOOLS), installed_texts())
 
-    def apply(self, wanted: Wanted) -> list[str]:
+    def apply(self, wanted: WantedPreparation) -> list[str]:
         """Apply, with the host's programs all there; the names of what is missing afterwards."""
         self.folder.apply(wanted, self.steps(wanted), lambda _: None)
         return [step.name for step in self.steps(wanted) if not step.done]

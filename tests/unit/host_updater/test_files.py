@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 
 from caesura.contract.messages import RefusedUpdate
+from caesura_host_updater.drivers.qemu.plugin import ram_dir
 from caesura_host_updater.inventory.host_config import HostFileError, parse_host_file, read_host_file
+from caesura_host_updater.inventory.kernel_options import KernelOptions
 from caesura_host_updater.inventory.updates import UpdateFile, catalogue, parse_update, read_updates
 
 VM = '[[vm]]\nname = "a"\nset = "web"\nupdate_domain = 1\n[[vm.process]]\nargv = ["sleep", "1"]\n'
 UPDATE = (
     'name = "patch"\nimpact = "pause"\nscope = "host"\nargv = ["/bin/true"]\nexpected_s = 1\ntimeout_s = 5\n'
 )
+KEXEC = 'kernel = "kexec"\nkernel_release = "6.1.0-9-amd64"\n'
 
 
 def find(program: str) -> str | None:
@@ -62,6 +65,33 @@ def test_bad_host_files_are_named(text: str, why: str) -> None:
     assert why in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('host = "h"\n[kernel]\nkexec = true', "kexec = true needs driver"),
+        ('host = "h"\n[kernel]\ncarve_out = "here"', "carve_out"),
+        ('host = "h"\n[kernel]\ncarve_out = "/a/../b"', "not the plain path"),
+        ('host = "h"\n[kernel]\nwatchdog_s = -1', "watchdog_s"),
+        ('host = "h"\n[kernel]\nkexek = true', "kexek"),
+        (
+            'host = "h"\ndriver = "qemu"\n[kernel]\nkexec = true\n[qemu]\nram_dir = "/tmp"',
+            "ram_dir '/tmp' is not in the carve-out",
+        ),
+    ],
+)
+def test_bad_kernel_tables_are_named(text: str, why: str) -> None:
+    with pytest.raises(HostFileError, match=r"^host\.toml: ") as caught:
+        parse_host_file(text, "host.toml")
+    assert why in str(caught.value)
+
+
+def test_a_kernel_table_and_where_guests_ram_is_with_it() -> None:
+    file = parse_host_file('host = "h"\ndriver = "qemu"\n[kernel]\nkexec = true\n', "host.toml")
+    assert file.kernel == KernelOptions(kexec=True)
+    assert ram_dir(file.options, file.kernel) == "/var/lib/caesura/carve-out/ram"
+    assert ram_dir(file.options, KernelOptions()) == file.options.ram_dir
+
+
 def test_missing_host_file() -> None:
     with pytest.raises(HostFileError, match="/does/not/exist: cannot be read"):
         read_host_file("/does/not/exist")
@@ -78,6 +108,13 @@ def test_update_file() -> None:
     assert isinstance(update, UpdateFile)
     assert update.record().update == "patch"
     assert not hasattr(update.record(), "argv")
+
+
+def test_an_update_that_starts_a_kernel() -> None:
+    update = parse_update("kernel.toml", UPDATE + KEXEC, find=find)
+    assert isinstance(update, UpdateFile)
+    assert update.method == "kexec"
+    assert (update.record().kernel, update.record().kernel_release) == ("kexec", "6.1.0-9-amd64")
 
 
 @pytest.mark.parametrize(
@@ -99,6 +136,12 @@ def test_update_file() -> None:
         (UPDATE.replace("expected_s = 1", "expected_s = 9"), 5, "above timeout_s"),
         (UPDATE + "[environ]\nCAESURA_VM = 'x'\n", 7, "CAESURA_"),
         (UPDATE + "working_directory = 'here'\n", 7, "absolute"),
+        (UPDATE + 'kernel = "kexec"\n', 7, "needs kernel_release"),
+        (UPDATE + 'kernel_release = "6.1.0-9-amd64"\n', 7, "says nothing without kernel"),
+        (UPDATE.replace('"host"', '"vm"') + KEXEC, 7, "scope = 'host'"),
+        (UPDATE.replace('"pause"', '"none"') + KEXEC, 7, "impact = 'pause'"),
+        (UPDATE + KEXEC + 'vmm = "instead"\n', 9, "leave vmm out"),
+        (UPDATE + KEXEC.replace("6.1", "../6.1"), 8, "kernel_release"),
     ],
 )
 def test_broken_update_is_refused_by_name_and_line(text: str, line: int, why: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import pytest
 
 from caesura.contract.messages import Method, OperationTarget, StartOperation, VmFrozen, VmResumed, VmState
+from caesura.runtime.errors import StoreError
 from caesura_host_updater.drivers.port import (
     Capabilities,
     ClockCapable,
@@ -31,13 +32,15 @@ from caesura_host_updater.drivers.port import (
     SwapFailed,
 )
 from caesura_host_updater.guard_client import GuardUnavailable
+from caesura_host_updater.inventory.updates import UpdateFile
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation import runner as runner_module
 from caesura_host_updater.operation.runner import OperationRunner
-from caesura_host_updater.operation.state import Operation, VmPause
+from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause
 from caesura_host_updater.pause_markers import NotMarked
 from caesura_testing.patience import patient
 from caesura_vmcontrol.intent import Intent
+from caesura_vmcontrol.kernel_change import KernelChange
 from caesura_vmcontrol.resume_plans import CgroupPlan, ResumePlan
 
 
@@ -185,11 +188,28 @@ class FakeGuard:
         self.on_lost: Callable[[], None] = lambda: None
         self.armed: list[str] = []
         self.broken: Exception | None = None
+        self.change: KernelChange | None = None
+        self.no_jump: Exception | None = None
+        self.asked_to_leave = 0
 
-    async def arm(self, operation: str, deadline: float, plans: Sequence[ResumePlan]) -> None:
+    async def arm(
+        self,
+        operation: str,
+        deadline: float,
+        plans: Sequence[ResumePlan],
+        change: KernelChange | None = None,
+    ) -> None:
         if self.broken is not None:
             raise self.broken
         self.armed.append(operation)
+        self.change = change
+
+    async def leave(self, operation: str, by: float) -> None:
+        assert operation in self.armed
+        assert time.monotonic() < by
+        self.asked_to_leave += 1
+        if self.no_jump is not None:
+            raise self.no_jump
 
     async def disarm(self, operation: str) -> Intent | None:
         if self.broken is not None:
@@ -204,6 +224,22 @@ async def journal(tmp_path: Path) -> AsyncIterator[JournalThread]:
     await made.open(str(tmp_path / "journal.sqlite"))
     yield made
     await made.close()
+
+
+class FakeKernels:
+    """A host whose loaded kernel is right unless told otherwise."""
+
+    def __init__(self) -> None:
+        self.wrong: str | Exception = ""
+
+    async def error(self, release: str, budget_s: float) -> str:
+        assert (release, budget_s) == ("6.1.0-9-amd64", 8.0)
+        if isinstance(self.wrong, Exception):
+            raise self.wrong
+        return self.wrong
+
+    def change_to(self, release: str) -> KernelChange:
+        return KernelChange(release, "/carve-out")
 
 
 class FakeMarkers:
@@ -230,6 +266,18 @@ class FakeMarkers:
             self.marked.discard(vm)
 
 
+_LOAD = UpdateFile(
+    name="kernel",
+    impact="pause",
+    scope="host",
+    argv=("true",),
+    expected_s=0.1,
+    timeout_s=patient(10),
+    kernel="kexec",
+    kernel_release="6.1.0-9-amd64",
+)
+
+
 class Scene:
     """One operation over a fake driver and guard."""
 
@@ -243,6 +291,9 @@ class Scene:
         method: Method = "freeze",
     ) -> None:
         self.driver = FakeDriver(*names)
+        self.kernels = FakeKernels()
+        self.published: list[int] = []
+        """How many facts there were when the broker was to have them all."""
         self.guard = FakeGuard()
         self.markers = FakeMarkers(self.driver)
         self.facts: list[VmFrozen | VmResumed] = []
@@ -265,6 +316,10 @@ class Scene:
             method=method,
             budget_s=8.0,
             hold_s=hold_s,
+            update="kernel" if method == "kexec" else "",
+            update_timeout_s=patient(10),
+            kernel_release="6.1.0-9-amd64" if method == "kexec" else "",
+            runs=(UpdateRun(),) if method == "kexec" else (),
             vms=tuple(
                 VmPause(vm=name, set="web", update_domain=0, can_digest=can_digest, can_sample=can_sample)
                 for name in names
@@ -273,7 +328,7 @@ class Scene:
         self.runner = OperationRunner(
             command,
             state,
-            None,
+            _LOAD if method == "kexec" else None,
             host="host-1",
             driver=self.driver,
             guard=self.guard,
@@ -282,7 +337,13 @@ class Scene:
             environ={},
             announce=lambda fact, _: self.facts.append(fact),
             on_change=lambda: None,
+            kernels=self.kernels,
+            published=self._all_published,
         )
+
+    async def _all_published(self, timeout_s: float) -> None:
+        assert timeout_s < 1.0, "the VMs are paused meanwhile"
+        self.published.append(len(self.facts))
 
     async def run(self) -> Operation:
         """To the end; no VM stands still then."""
@@ -614,3 +675,68 @@ async def test_replace_prepares_then_checkpoints_then_restores(journal: JournalT
     assert sorted(scene.driver.checkpointed) == ["a", "b"]
     assert {vm.detail for vm in op.vms} == {"process B, was process A"}
     assert sorted(scene.driver.released) == ["a", "b"]
+
+
+# -- another kernel under paused VMs --------------------------------------------------------------------------
+
+
+async def test_a_host_that_could_not_leave_its_kernel_resumes_its_vms_under_it(
+    journal: JournalThread,
+) -> None:
+    scene = Scene(journal, "a", "b", method="kexec")
+    scene.guard.no_jump = GuardUnavailable("no kernel is loaded")
+    op = await scene.run()
+    assert (op.end, op.codes) == ("failed", ("leave_failed",))
+    assert op.failure == "kernel 6.1.0-9-amd64 was not started: no kernel is loaded"
+    assert sorted(scene.driver.checkpointed) == ["a", "b"]
+    assert sorted(scene.driver.released) == ["a", "b"]
+    assert scene.guard.asked_to_leave == 1
+    assert scene.published == [2], "the broker has every `frozen` before the jump"
+    assert scene.guard.change == KernelChange("6.1.0-9-amd64", "/carve-out")
+    assert [run.outcome for run in op.runs] == ["succeeded"]
+
+
+async def test_a_guard_that_returns_from_a_jump_did_not_jump(journal: JournalThread) -> None:
+    op = await Scene(journal, "a", method="kexec").run()
+    assert op.codes == ("leave_failed",)
+    assert "this kernel still runs" in op.failure
+
+
+@pytest.mark.parametrize("wrong", ["none is loaded", RuntimeError("a bug")])
+async def test_a_kernel_that_is_not_ready_freezes_nothing(
+    journal: JournalThread, wrong: str | Exception
+) -> None:
+    scene = Scene(journal, "a", method="kexec")
+    scene.kernels.wrong = wrong
+    op = await scene.run()
+    assert op.end == "failed"
+    assert "nothing was frozen" in op.failure or "a bug" in op.failure
+    assert not scene.driver.freezing.is_set()
+    assert not scene.guard.armed
+    assert not scene.guard.asked_to_leave
+
+
+async def test_one_vm_that_is_not_saved_keeps_the_host_in_its_kernel(journal: JournalThread) -> None:
+    scene = Scene(journal, "a", "b", method="kexec")
+    scene.driver.broken_freezes["b"] = FreezeFailed("b", "its state was not saved")
+    op = await scene.run()
+    assert op.codes == ("freeze_failed",)
+    assert not scene.guard.asked_to_leave
+
+
+async def test_a_journal_that_the_disk_refuses_keeps_the_host_in_its_kernel(
+    journal: JournalThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(journal, "a", method="kexec")
+    real = journal.do
+
+    async def do(work: Callable[[Any], Any]) -> Any:
+        if scene.published:
+            raise StoreError("the disk is full")
+        return await real(work)
+
+    monkeypatch.setattr(journal, "do", do)
+    op = await scene.run()
+    assert op.codes == ("leave_failed",)
+    assert "its journal is not on the disk: the disk is full" in op.failure
+    assert not scene.guard.asked_to_leave

@@ -10,10 +10,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from caesura_host_updater.operation.effects import (
     Arm,
+    CheckKernel,
     DigestVms,
     Disarm,
     Finish,
     FreezeVms,
+    LeaveKernel,
     PrepareVms,
     PublishFrozen,
     PublishResumed,
@@ -32,6 +34,9 @@ from caesura_host_updater.operation.inputs import (
     Disarmed,
     GuardIntervention,
     GuardLost,
+    KernelNotReady,
+    KernelReady,
+    NotLeft,
     ResumeEnded,
     Sampled,
     Start,
@@ -63,7 +68,7 @@ class PauseMachine(RuleBasedStateMachine):
         count=st.integers(1, 3),
         budget_s=st.sampled_from([0.5, 1.0, 2.0, 30.0]),
         kind=st.sampled_from(
-            ["hold", "host", "vm", "live", "swap", "swap of an update", "replace", "reboot"]
+            ["hold", "host", "vm", "live", "swap", "swap of an update", "replace", "kexec", "reboot"]
         ),
         can_digest=st.booleans(),
         can_sample=st.booleans(),
@@ -85,7 +90,7 @@ class PauseMachine(RuleBasedStateMachine):
         names = NAMES[:count]
         of_vms = tuple(UpdateRun(key=name) for name in names)
         runs = {"hold": (), "swap": (), "vm": of_vms, "swap of an update": of_vms}.get(kind, (UpdateRun(),))
-        methods: dict[str, Any] = {each: each for each in ("live", "replace", "reboot")}
+        methods: dict[str, Any] = {each: each for each in ("live", "replace", "kexec", "reboot")}
         self.now = 1000.0
         self.op = Operation(
             operation="op",
@@ -101,7 +106,7 @@ class PauseMachine(RuleBasedStateMachine):
             ),
             runs=runs,
         )
-        self.arming = self.disarming = False
+        self.arming = self.disarming = self.checking = self.leaving = False
         self.preparing: set[str] = set()
         self.ready: set[str] = set()
         self.swapping: list[str] = []
@@ -174,9 +179,21 @@ class PauseMachine(RuleBasedStateMachine):
                 assert not effect.whole or effect.until <= deadlines.digest_until
                 assert effect.whole <= {vm.vm for vm in self.op.vms if vm.can_digest}
                 self.digesting |= set(effect.vms)
+            case CheckKernel():
+                assert not self.updating, "the kernel is still being loaded"
+                assert self.op.method == "kexec"
+                self.checking = True
+            case LeaveKernel():
+                assert self.armed, "left without a guard"
+                assert not self.aborted, "left after an abort"
+                assert not self.checking, "left before the kernel was looked at"
+                assert set(self.world.values()) <= {"frozen", "gone"}, "left while a VM runs"
+                assert deadlines is not None
+                assert self.now < effect.by < deadlines.resume_at
+                self.leaving = True
             case RunUpdate():
                 assert not self.aborted, "update started after an abort"
-                assert self.op.method in ("live", "swap") or all(
+                assert self.op.method in ("live", "swap", "kexec") or all(
                     self.world[vm] in ("frozen", "gone", "down") for vm in self.world
                 ), "update started while a VM runs"
                 self.updating |= set(effect.keys)
@@ -255,6 +272,23 @@ class PauseMachine(RuleBasedStateMachine):
             self.feed(VmPrepared(vm))
         else:
             self.feed(VmNotPrepared(vm, "QEMU said no"))
+
+    @precondition(lambda self: self.checking)
+    @rule(good=st.booleans())
+    def kernel_is_looked_at(self, good: bool) -> None:
+        """It is the update's, and the host can start it; or not."""
+        self.checking = False
+        if good or "prepare" not in self.faults:
+            self.feed(KernelReady())
+        else:
+            self.feed(KernelNotReady("none is loaded"))
+
+    @precondition(lambda self: self.leaving)
+    @rule()
+    def the_jump_fails(self) -> None:
+        """If it succeeds there is no machine any more."""
+        self.leaving = False
+        self.feed(NotLeft("the guard said no"))
 
     @precondition(lambda self: self.swapping)
     @rule(how=st.sampled_from(["new", "new", "old", "stuck", "untouched"]))
@@ -391,6 +425,7 @@ class PauseMachine(RuleBasedStateMachine):
             "frozen",
             "updating",
             "updated",
+            "leaving",
         ):
             assert self.op.wake_at is not None
             assert self.op.wake_at <= self.op.deadlines.resume_at

@@ -24,7 +24,7 @@ def test_every_code_has_its_words_and_only_memory_counts() -> None:
     ("on_unproven", "asking"),
     [
         (None, {"swap", "replace"}),
-        ("halt", {"swap", "replace", "freeze"}),
+        ("halt", {"swap", "replace", "freeze", "kexec"}),
         ("proceed", set()),
     ],
 )

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+import msgspec
+
 from caesura.runtime.logs import get_logger
 from caesura_host_updater.drivers.plugin import DriverPlugin, DriverSetup
 from caesura_host_updater.drivers.port import Driver
 from caesura_host_updater.drivers.qemu.accel import Accelerator, find_accelerator
 from caesura_host_updater.drivers.qemu.definition import QemuOptions, QemuVm, vm_error
 from caesura_host_updater.drivers.qemu.discovery import unnamed_vms
+from caesura_host_updater.inventory.kernel_options import KernelOptions
 
 _ACCEL = {"kvm": "kvm", "tcg": "tcg,thread=multi"}
 
 _log = get_logger("caesura.driver")
+
+
+def ram_dir(options: QemuOptions, kernel: KernelOptions) -> str:
+    """The folder below which guests' RAM files are."""
+    return f"{kernel.carve_out}/ram" if kernel.kexec else options.ram_dir
 
 
 class QemuPlugin(DriverPlugin[QemuVm, QemuOptions]):
@@ -29,6 +37,16 @@ class QemuPlugin(DriverPlugin[QemuVm, QemuOptions]):
         """See ``definition``."""
         return vm_error(vm, options)
 
+    def kernel_error(self, kernel: KernelOptions, options: QemuOptions) -> str:
+        """With kexec, guests' RAM is in the carve-out; a host file that wants it elsewhere contradicts itself."""
+        wanted = ram_dir(options, kernel)
+        if kernel.kexec and options.ram_dir not in (QemuOptions().ram_dir, wanted):
+            return (
+                f"[qemu] ram_dir {options.ram_dir!r} is not in the carve-out, where guests' RAM must be with [kernel] kexec = true: "
+                f"leave ram_dir out, or write {wanted!r}"
+            )
+        return ""
+
     def discover(
         self, options: QemuOptions, known: Collection[str]
     ) -> tuple[tuple[QemuVm, ...], Mapping[str, str]]:
@@ -43,7 +61,7 @@ class QemuPlugin(DriverPlugin[QemuVm, QemuOptions]):
         return QemuDriver(
             setup.host,
             setup.vms,
-            setup.options,
+            msgspec.structs.replace(setup.options, ram_dir=ram_dir(setup.options, setup.kernel)),
             setup.state_dir,
             accel=_ACCEL[accelerator.name],
             accel_reason=accelerator.reason,

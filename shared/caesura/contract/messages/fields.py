@@ -63,7 +63,14 @@ Etag = Annotated[
 PartNumber = Annotated[int, Meta(ge=1, le=MOST_PARTS)]
 UpdateDomain = Annotated[int, Meta(ge=0, le=19)]
 FaultDomain = Annotated[int, Meta(ge=0, le=2)]
-Method = Literal["live", "swap", "freeze", "replace", "reboot", "skip"]
+KernelRelease = Annotated[
+    str,
+    Meta(
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9._+~-]{0,63})?\Z",
+        description="A kernel as `uname -r` names it, or empty where none is meant.",
+    ),
+]
+Method = Literal["live", "swap", "freeze", "replace", "kexec", "reboot", "skip"]
 Impact = Literal["none", "pause", "reboot"]
 Scope = Literal["vm", "host"]
 DomainKey = Literal["update_domain", "fault_domain"]

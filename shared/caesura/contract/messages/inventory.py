@@ -16,6 +16,7 @@ from caesura.contract.messages.fields import (
     FaultDomain,
     Id,
     Impact,
+    KernelRelease,
     MessageType,
     OptionalId,
     PartNumber,
@@ -61,6 +62,11 @@ VmmChange = Literal["", "beside", "instead"]
 runs (method swap); the old one must not run during the update (method replace)."""
 
 
+KernelUpdate = Literal["", "kexec"]
+"""What an update does to the host's kernel: nothing that Caesura must know; the host starts another one with its guests' memory in
+RAM (method kexec)."""
+
+
 class UpdateRecord(Record, frozen=True, kw_only=True):
     """An update that this host knows how to apply. The command line stays on the host."""
 
@@ -76,6 +82,9 @@ class UpdateRecord(Record, frozen=True, kw_only=True):
     """Impact reboot: the most that a VM may take to shut down, from the request to its end."""
     kill_after_timeout: bool = False
     """Impact reboot: whether a VM that takes longer is killed; else nothing is, and the update does not run."""
+    kernel: KernelUpdate = ""
+    kernel_release: KernelRelease = ""
+    """The kernel that runs afterwards; empty unless `kernel` is `kexec`."""
 
 
 class RefusedUpdate(Record, frozen=True, kw_only=True):
@@ -96,6 +105,30 @@ class InstalledUpdate(Record, frozen=True, kw_only=True):
     """The VMs that have it, where not all of the host's do (scope vm). Empty: the whole host has it."""
     at: Instant | None = None
     """When it last succeeded here. None: only the update's own command (`installed`) says that it is installed."""
+
+
+class KernelFigure(Record, frozen=True, kw_only=True):
+    """How long one change of the host's kernel took, from the first guest that stopped to the last one that ran."""
+
+    to: KernelRelease
+    former: KernelRelease
+    """The kernel before."""
+    seconds: Positive
+    at: Instant
+    rehearsal: bool = False
+    """Whether it was measured without guests of users."""
+
+
+class HostKernel(Record, frozen=True, kw_only=True):
+    """The host's kernel, and whether another one can be started under its guests."""
+
+    release: KernelRelease
+    kexec: bool = False
+    """Whether the operator allows it on this host."""
+    problems: Annotated[tuple[Text, ...], Meta(max_length=32)] = ()
+    """What is in the way now, whatever the kernel: each with its remedy, for people."""
+    figures: Annotated[tuple[KernelFigure, ...], Meta(max_length=32)] = ()
+    """The newest measurement of each kernel. A kernel without one is not planned."""
 
 
 class HostInventory(Message, frozen=True, kw_only=True):
@@ -129,6 +162,8 @@ class HostInventory(Message, frozen=True, kw_only=True):
     commands: tuple[MessageType, ...] = ()
     """Types of the commands that its host updater reads. A coordinator sends no command to a host that does not list the types it would
     need. Empty: a host updater from before 0.1.0."""
+    kernel: HostKernel | None = None
+    """None: the host updater does not say, or its driver keeps no guest's memory over a change of the kernel."""
 
 
 class InventoryPart(Message, frozen=True, kw_only=True):

@@ -1,0 +1,346 @@
+"""The first acts of the guard in another kernel: clock, boot counters, guests' memory, then each guest is loaded and resumed.
+
+Run by the initramfs or a unit as root before anything else of the system, or by the ordinary guard when neither did. It may be killed at
+any step, run again, and run twice at once: what is decided about a guest is in its claims.
+"""
+
+# light imports on purpose: no pathlib here.
+# ruff: noqa: PTH102, PTH112, PTH120
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from caesura_vmcontrol import boot_counters, claims, kernel_clock
+from caesura_vmcontrol.boots import boot8
+from caesura_vmcontrol.durable_files import give_to_owner
+from caesura_vmcontrol.intent import Intent, IntentFile, UnreadableIntent
+from caesura_vmcontrol.kernel_change import Arrival, By, HostClock, KernelChange, Left, VmArrival
+from caesura_vmcontrol.procfs import boot_id
+from caesura_vmcontrol.qemu_control import condition, thaw
+from caesura_vmcontrol.qemu_plans import ReplacePlan
+from caesura_vmcontrol.ram_places import RamIdentity, dax_error, find_error
+from caesura_vmcontrol.resume_plans import ResumePlan
+from caesura_vmcontrol.watchdog import Log
+
+ALL_RUN, UNUSABLE, UNREADABLE, UNDECIDED, LOST = 0, 1, 3, 4, 5
+"""Exit codes of ``--arrive``."""
+MAX_GAP_S = 120.0
+"""From the leaving of a kernel to the start of this one, in seconds, if no boot was counted in between: a longer gap is a boot that
+nobody counted, and what it did with the memory is not known."""
+_TRIES = 4  # of one guest, its command lines in turn; then the boot continues and the ordinary guard tries
+_LOAD_S = 300.0  # s: the same, if each try takes long
+_LOCK_S = 120.0  # s: for another arrival to end; claims keep two apart even so
+_AGAIN_S = 0.01  # s: between two tries
+_REHEARSAL_S = 60.0  # s: for a QEMU without a guest to start and end
+_WATCHDOG = "/dev/watchdog"
+
+
+def carve_out_error(path: str) -> str:
+    """Why this is not the carve-out; a function of this module so that tests on ordinary folders can replace it."""
+    return dax_error(path) if os.path.ismount(path) else f"{path} is not mounted"
+
+
+def arrive(folder: str, by: By, log: Log) -> int:
+    """Resume what another boot left; the exit code."""
+    store = IntentFile(folder)
+    with _one_at_a_time(folder):
+        try:
+            intent = store.read()
+        except UnreadableIntent as error:
+            log("arrival.intent_unreadable", why=str(error))
+            return UNREADABLE
+        change = intent.kernel_change if intent is not None else None
+        if intent is None or change is None or intent.boot_id == boot_id():
+            log("arrival.nothing_to_do")
+            return ALL_RUN
+        arrival = examine(intent, folder, by, log)
+        store.store(intent)
+        if change.rehearsal:
+            with _phase(arrival, "load"):
+                _rehearse(log)
+        else:
+            with _phase(arrival, "load"):
+                _load_all(intent, arrival, log)
+        if change.watchdog_s:
+            _disarm_watchdog(log)
+        store.store(intent)
+        ends = {each.end for each in arrival.vms.values()}
+        log("arrival.ended", vms={vm: each.end for vm, each in arrival.vms.items()}, phases=arrival.phases)
+    return LOST if "lost" in ends else UNDECIDED if "undecided" in ends else ALL_RUN
+
+
+def examine(intent: Intent, folder: str, by: By, log: Log) -> Arrival:
+    """Set the clock, count the boot, and decide for each guest whether it may be loaded here. Repeated without harm.
+
+    A guest whose memory may not be what it was is ``gone`` by its claims: it is never loaded.
+    """
+    change = intent.kernel_change
+    assert change is not None  # noqa: S101 - of the callers
+    arrival = change.arrival
+    if arrival is None or arrival.boot_id != boot_id():
+        arrival = _begin(change, by, log)
+        intent.fired = None  # its instants are of the other boot
+    elif by != "guard" and not any(each.end == "running" for each in arrival.vms.values()):
+        arrival.by = by
+    if change.left is not None:
+        boot_counters.raise_counter(folder, boot_id())
+    wrong = carve_out_error(change.carve_out)
+    if wrong and by == "initramfs":
+        _undecided(intent, arrival, f"{wrong}; it is looked at again when the system is up")
+        return arrival
+    arrival.doubts = _doubts(intent, change, arrival, folder, wrong)
+    for doubt in arrival.doubts:
+        log("arrival.doubt", why=doubt)
+    for plan in intent.plans:
+        there = arrival.vms.get(plan.vm)
+        if isinstance(plan, ReplacePlan) and (there is None or there.end == "undecided"):
+            _admit(plan, arrival, wrong, log)
+    return arrival
+
+
+def out_of_reach(intent: Intent, plan: ResumePlan) -> bool:
+    """Whether nothing can be done for a guest that is lost: what would be asked about it is in a carve-out that is not there."""
+    arrival = intent.kernel_change.arrival if intent.kernel_change is not None else None
+    there = arrival.vms.get(plan.vm) if arrival is not None else None
+    lost = there is not None and there.end == "lost"
+    return lost and isinstance(plan, ReplacePlan) and not os.path.isdir(plan.claims)
+
+
+def _begin(change: KernelChange, by: By, log: Log) -> Arrival:
+    """Before anything else the host's clock, for guests are set by it."""
+    left = change.left
+    clock = HostClock("rtc", None, kernel_clock.RTC_UNCERTAINTY_S)
+    phases: dict[str, float] = {}
+    if left is not None:
+        clock, elapsed_s = _set_clock(left, log)
+        up_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        phases = {"jump": elapsed_s - up_s, "boot": up_s}
+    change.arrival = Arrival(boot_id(), platform.release(), by, clock, time.time(), phases=phases)
+    return change.arrival
+
+
+def _set_clock(left: Left, log: Log) -> tuple[HostClock, float]:
+    """How the clock is now, and the seconds since the former kernel was left."""
+    ticks: int | None = None
+    with suppress(OSError):
+        ticks = kernel_clock.tsc() if kernel_clock.trusted_here() else None
+    now = time.time()
+    elapsed = kernel_clock.elapsed_since(left.pair, ticks, now)
+    if not elapsed.by_tsc:
+        return HostClock("rtc", None, elapsed.uncertainty_s), elapsed.seconds
+    error_s = now - (left.pair.realtime + elapsed.seconds)
+    try:
+        time.clock_settime(time.CLOCK_REALTIME, time.time() - error_s)
+    except OSError as error:  # the ordinary guard may not
+        log("arrival.clock_not_set", why=str(error), error_s=round(error_s, 6))
+        return HostClock("rtc", error_s, abs(error_s) + elapsed.uncertainty_s), elapsed.seconds
+    log("arrival.clock_set", error_before_s=round(error_s, 6))
+    return HostClock("tsc", error_s, elapsed.uncertainty_s), elapsed.seconds
+
+
+def _doubts(intent: Intent, change: KernelChange, arrival: Arrival, folder: str, wrong: str) -> list[str]:
+    """Why guests' memory may not be what it was when the former kernel was left. Counts this boot in the carve-out."""
+    if change.left is None:
+        return ["the former kernel was not left by the guard: the host was reset, or crashed"]
+    if wrong:
+        return [f"this kernel has no carve-out: {wrong}"]
+    here = boot_id()
+    on_disk = boot_counters.read(folder)
+    in_carve_out = boot_counters.raise_counter(change.carve_out, here)
+    doubts = [
+        each for each in (boot_counters.counters_error(on_disk, in_carve_out, intent.operation),) if each
+    ]
+    gap_s = arrival.phases.get("jump", 0.0)
+    if gap_s > MAX_GAP_S and on_disk is not None and on_disk.count <= 1:
+        doubts.append(
+            f"{gap_s:.0f} s from the leaving of the former kernel to the start of this one, more than {MAX_GAP_S:g} s: another "
+            "system may have run in between"
+        )
+    return doubts
+
+
+def _admit(plan: ReplacePlan, arrival: Arrival, wrong: str, log: Log) -> None:
+    """Whether one guest may be loaded in this boot; durable when this returns."""
+    across = plan.across
+    assert across is not None  # noqa: S101 - of what may be armed
+    why = "; ".join(arrival.doubts)
+    if plan.ram is not None and not why:
+        why = find_error(plan.ram[0], RamIdentity(across.fs_id, across.inode, across.size))
+    try:
+        number, owner = claims.current(plan.claims)
+        in_files = owner is not None and owner.kind in ("file", "left")
+        if why and in_files and not claims.admitted(plan.claims, boot8()):
+            claims.note_failure(plan.claims, why)
+            claims.claim(plan.claims, number + 1, "gone", durable=True)
+        elif not why:
+            claims.admit(plan.claims, boot8())
+            claims.sync(plan.claims)
+    except (OSError, claims.BadClaim) as error:
+        if not wrong:
+            arrival.vms[plan.vm] = VmArrival("undecided", why=f"its claims cannot be read: {error}")
+            log("arrival.claims_unreadable", vm=plan.vm, why=str(error))
+            return
+    if why:
+        arrival.vms[plan.vm] = VmArrival("lost", why=why)
+        log("arrival.lost", vm=plan.vm, why=why)
+
+
+def _undecided(intent: Intent, arrival: Arrival, why: str) -> None:
+    for plan in intent.plans:
+        if plan.vm not in arrival.vms or arrival.vms[plan.vm].end == "undecided":
+            arrival.vms[plan.vm] = VmArrival("undecided", why=why)
+
+
+def _load_all(intent: Intent, arrival: Arrival, log: Log) -> None:
+    """All guests at once."""
+    plans = [plan for plan in intent.plans if isinstance(plan, ReplacePlan) and _is_open(plan, arrival)]
+    threads = [
+        threading.Thread(target=_load, args=(plan, arrival, log), name=f"load {plan.vm}", daemon=True)
+        for plan in plans
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _is_open(plan: ReplacePlan, arrival: Arrival) -> bool:
+    there = arrival.vms.get(plan.vm)
+    with suppress(OSError):
+        return (there is None or there.end == "undecided") and claims.admitted(plan.claims, boot8())
+    return False
+
+
+def _load(plan: ReplacePlan, arrival: Arrival, log: Log) -> None:
+    """One guest, until it runs, is lost, or is left to the ordinary guard. In a thread: nothing here may raise."""
+    until = time.monotonic() + _LOAD_S
+    found = VmArrival("undecided", why="nothing was tried")
+    try:
+        _make_folders(plan)
+        while found.end == "undecided":
+            found = _try(plan)
+            if found.end == "undecided" and (
+                claims.tries(plan.claims) >= _TRIES or time.monotonic() >= until
+            ):
+                break
+            time.sleep(_AGAIN_S if found.end == "undecided" else 0)
+    except Exception as error:  # noqa: BLE001 - see above
+        found = VmArrival("undecided", why=str(error) or type(error).__name__)
+    arrival.vms[plan.vm] = found
+    log("arrival.vm", vm=plan.vm, end=found.end, why=found.why)
+
+
+def _try(plan: ReplacePlan) -> VmArrival:
+    why = ""
+    try:
+        if condition(plan) != "running":
+            thaw(plan)
+    except OSError as error:
+        why = str(error)
+    running_at = time.time()
+    try:
+        state = condition(plan)
+        _, owner = claims.current(plan.claims)
+    except (OSError, claims.BadClaim) as error:
+        return VmArrival("undecided", why=why or str(error))
+    if state == "running" and owner is not None and owner.kind == "new":
+        return VmArrival("running", running_at, owner.pid, owner.start_ticks)
+    if state == "gone":
+        failures = claims.failures(plan.claims)
+        return VmArrival(
+            "lost", why=failures[-1] if failures else "no process has the guest, and its state is in no file"
+        )
+    return VmArrival("undecided", why=why or f"it is {state}")
+
+
+def _make_folders(plan: ReplacePlan) -> None:
+    """Where the new process makes its sockets: a new boot has an empty /run. Raises OSError."""
+    across = plan.across
+    for folder in across.folders if across is not None else ():
+        missing, place = [], folder
+        while not os.path.isdir(place):
+            missing.append(place)
+            place = os.path.dirname(place)
+        for each in reversed(missing):
+            with suppress(FileExistsError):
+                os.mkdir(each, 0o700)
+            if os.geteuid() == 0 and across is not None:
+                os.chown(each, across.uid, across.gid)
+
+
+def _rehearse(log: Log) -> None:
+    """A QEMU without a guest is started and ended: that is the part of a pause that no boot alone shows."""
+    program = shutil.which("qemu-system-x86_64")
+    if program is None:
+        log("arrival.no_qemu")
+        return
+    argv = [
+        program,
+        "-S",
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-machine",
+        "q35,accel=kvm:tcg",
+        "-m",
+        "16",
+    ]
+    with suppress(OSError, subprocess.TimeoutExpired):
+        subprocess.run(
+            [*argv, "-monitor", "stdio"],
+            input=b"quit\n",
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_REHEARSAL_S,
+            check=False,
+        )
+
+
+def _disarm_watchdog(log: Log) -> None:
+    """The one that the former kernel's guard armed, if this kernel's driver has taken it over."""
+    try:
+        handle = os.open(_WATCHDOG, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError:
+        return  # there is none, or the system's own manager has it by now
+    try:
+        os.write(handle, b"V")
+    except OSError as error:
+        log("arrival.hardware_watchdog", why=str(error))
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _phase(arrival: Arrival, name: str) -> Iterator[None]:
+    begin = time.monotonic()
+    yield
+    arrival.phases[name] = arrival.phases.get(name, 0.0) + time.monotonic() - begin
+
+
+@contextmanager
+def _one_at_a_time(folder: str) -> Iterator[None]:
+    """So that two arrivals do not measure each other. One that hangs does not keep the next one from trying: claims decide."""
+    handle = os.open(f"{folder}/arrival.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        with suppress(OSError):
+            give_to_owner(handle, folder)
+        until = time.monotonic() + _LOCK_S
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(_AGAIN_S)
+        yield
+    finally:
+        os.close(handle)

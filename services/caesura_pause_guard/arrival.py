@@ -5,7 +5,7 @@ any step, run again, and run twice at once: what is decided about a guest is in 
 """
 
 # light imports on purpose: no pathlib here.
-# ruff: noqa: PTH112, PTH120
+# ruff: noqa: PTH102, PTH112, PTH120
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 
 from caesura_vmcontrol import boot_counters, claims, kernel_clock
 from caesura_vmcontrol.boots import boot8
-from caesura_vmcontrol.durable_files import give_to_owner
+from caesura_vmcontrol.durable_files import give_to_owner, sync_folder
 from caesura_vmcontrol.intent import Intent, IntentFile, UnreadableIntent
 from caesura_vmcontrol.kernel_change import Arrival, By, HostClock, KernelChange, Left, VmArrival
 from caesura_vmcontrol.procfs import boot_id
@@ -104,6 +104,10 @@ def examine(intent: Intent, folder: str, by: By, log: Log) -> Arrival:
         there = arrival.vms.get(plan.vm)
         if isinstance(plan, ReplacePlan) and (there is None or there.end == "undecided"):
             _admit(plan, arrival, wrong, log)
+            try:
+                _make_folders(plan)
+            except OSError as error:
+                log("arrival.no_folder_for_sockets", vm=plan.vm, why=str(error))
     return arrival
 
 
@@ -183,7 +187,7 @@ def _admit(plan: ReplacePlan, arrival: Arrival, wrong: str, log: Log) -> None:
             claims.claim(plan.claims, number + 1, "gone", durable=True)
         elif not why:
             claims.admit(plan.claims, boot8())
-            claims.sync(plan.claims)
+            sync_folder(plan.claims)
     except (OSError, claims.BadClaim) as error:
         if not wrong:
             arrival.vms[plan.vm] = VmArrival("undecided", why=f"its claims cannot be read: {error}")
@@ -225,7 +229,6 @@ def _load(plan: ReplacePlan, arrival: Arrival, log: Log) -> None:
     until = time.monotonic() + _LOAD_S
     found = VmArrival("undecided", why="nothing was tried")
     try:
-        _make_folders(plan)
         while found.end == "undecided":
             found = _try(plan)
             if found.end == "undecided" and (

@@ -11,7 +11,7 @@ import tomli_w
 
 from caesura.contract.messages import KernelFigure
 from caesura_testing.kexec_host import FIRST, SECOND, KexecHost, beats, longest_silence
-from caesura_testing.kexec_image import Image
+from caesura_testing.kexec_image import CARVE_OUT, Image
 
 _GUESTS = {"a": FIRST, "b": SECOND}
 _LINES = {FIRST: "/dev/ttyS2", SECOND: "/dev/ttyS3"}
@@ -62,6 +62,20 @@ class FleetHost:
             }
         )
 
+    def updates(self) -> dict[str, tuple[str, tuple[str, ...]]]:
+        """Name to the kernel, and to what its command line has beside the usual."""
+        size, _, start = CARVE_OUT.partition("!")
+        return {
+            "kernel-new": (self.image.new, ()),
+            "kernel-old": (self.image.old, ()),
+            # Without its initramfs' init and without a root file system of its own accord: it panics before anything of ours runs.
+            "kernel-panic": (self.image.new, ("rdinit=/none", "root=/dev/none", "init=/none")),
+            "kernel-stuck": (self.image.new, ("init=/opt/rig/stuck-init",)),
+            "kernel-crash": (self.image.new, ("crashkernel=192M", "init=/opt/rig/crash-init")),
+            # The carve-out's memory becomes ordinary memory (kernel-parameters.txt: memmap=nn%ss-oldtype+newtype).
+            "kernel-without": (self.image.new, (f"memmap={size}%{start}-12+1",)),
+        }
+
     def _figures(self, seconds: float) -> str:
         pairs = ((self.image.old, self.image.new), (self.image.new, self.image.old))
         figures = [
@@ -92,17 +106,20 @@ class FleetHost:
                 f"/etc/caesura/updates.d/{name}.toml": tomli_w.dumps(
                     {
                         "name": name,
-                        "version": release,
+                        "version": name,
                         "impact": "pause",
                         "scope": "host",
                         "kernel": "kexec",
                         "kernel_release": release,
                         "expected_s": 10.0,
                         "timeout_s": 600.0,
-                        "argv": ["sudo", "/opt/caesura/bin/caesura", "host", "load-kernel", release],
+                        "argv": [
+                            *("sudo", "/opt/caesura/bin/caesura", "host", "load-kernel", release),
+                            *(f"--append={word}" for word in words),
+                        ],
                     }
                 )
-                for name, release in (("kernel-old", self.image.old), ("kernel-new", self.image.new))
+                for name, (release, words) in self.updates().items()
             },
         }
         script = ["set -e", f"date -s @{time.time():.0f} >/dev/null", "caesura host prepare-kexec --apply"]

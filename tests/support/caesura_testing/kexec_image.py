@@ -382,7 +382,9 @@ def _make(system: Path, making: Path, made: Path) -> None:
         (units / f"{name}.service.d").mkdir()
         shutil.copyfile(ROOT / f"deploy/systemd/qemu/{name}.conf", units / f"{name}.service.d/qemu.conf")
         # Emulated on a busy machine a service takes minutes to start, and is not dead for a silence of seconds.
-        (units / f"{name}.service.d/rig.conf").write_text("[Service]\nTimeoutStartSec=1800\nWatchdogSec=600\n")
+        (units / f"{name}.service.d/rig.conf").write_text(
+            "[Service]\nTimeoutStartSec=1800\nWatchdogSec=600\n"
+        )
     (units / "multi-user.target.wants/caesura-pause-guard.service").symlink_to(
         "../caesura-pause-guard.service"
     )

@@ -5,7 +5,7 @@ any step, run again, and run twice at once: what is decided about a guest is in 
 """
 
 # light imports on purpose: no pathlib here.
-# ruff: noqa: PTH112, PTH120
+# ruff: noqa: PTH102, PTH112, PTH120
 
 from __future__ import annotations
 

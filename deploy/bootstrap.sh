@@ -3,6 +3,9 @@
 
 export UV_PYTHON_DOWNLOADS=never UV_NO_PROGRESS=1 PIP_ROOT_USER_ACTION=ignore
 
+# Where Python may keep no bytecode, each of a hundred processes compiles every module that it imports: half of its start.
+unset PYTHONDONTWRITEBYTECODE
+
 say() { printf '%s\n' "$*" >&2; }
 
 trust_the_system() { # uv brings roots of its own: behind a proxy that inspects TLS it would fail where pip works
@@ -36,5 +39,5 @@ find_uv() {
 
 sync_environment() { # arguments: further options of uv sync
   [ -d .venv ] || say "installing Caesura and what it needs into .venv (once, some 5 s) ..."
-  "$UV" sync --quiet --locked --inexact "$@" || { say "uv could not make the environment, see above"; exit 2; }
+  "$UV" sync --quiet --locked --inexact --compile-bytecode "$@" || { say "uv could not make the environment, see above"; exit 2; }
 }

@@ -17,7 +17,7 @@ from caesura.contract.reasons import Reason
 from caesura.lifecycle.errors import IllegalStatusChange
 from caesura_coordinator.decision import Decision
 from caesura_coordinator.effects import EventApprovedEffect, RolloutMoved
-from caesura_coordinator.inputs import Approve, Outdated
+from caesura_coordinator.inputs import Approve, DocumentSuperseded
 from caesura_coordinator.members import members_of
 from caesura_coordinator.proofs import clock_verdict
 from caesura_coordinator.records import (
@@ -112,7 +112,7 @@ def resume(decision: Decision) -> None:
     decision.move(again, "verifying", verify_by=decision.after(decision.rollout.policy.verify_timeout_s))
 
 
-def outdated(decision: Decision, found: Outdated) -> None:
+def document_superseded(decision: Decision, found: DocumentSuperseded) -> None:
     """Another coordinator has published events of the set in the meantime."""
     wave = decision.rollout.current
     if wave is None or decision.rollout.status == "halted" or found.set not in decision.rollout.sets:

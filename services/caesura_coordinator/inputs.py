@@ -29,7 +29,7 @@ class Resume(StateRecord, frozen=True, kw_only=True):
     """An operator resumes a halted rollout."""
 
 
-class Outdated(StateRecord, frozen=True, kw_only=True):
+class DocumentSuperseded(StateRecord, frozen=True, kw_only=True):
     """A set's document on the bus is ahead of our record: another coordinator, or a newer copy of our store, has been active."""
 
     set: str
@@ -39,4 +39,4 @@ class Outdated(StateRecord, frozen=True, kw_only=True):
 
 Fact: TypeAlias = Approve | VmReady | OperationReported | VmClockSynced
 """The inputs about one event or operation, and hence about one rollout."""
-Input: TypeAlias = Tick | Abort | Resume | Outdated | Fact
+Input: TypeAlias = Tick | Abort | Resume | DocumentSuperseded | Fact

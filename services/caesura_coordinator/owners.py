@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from caesura.contract.messages import MOST_RIVALS, HostInventory, HostPresence, VmOwner
 from caesura.fleet.fold import NOTHING, Changes, apply, together
+from caesura.fleet.retained_messages import Cleared
 from caesura.fleet.state import FleetState
-from caesura.fleet.words import Cleared
 from caesura.lifecycle.ownership import conflict, settle
 from caesura.runtime.errors import StoreError
 from caesura.runtime.logs import get_logger

@@ -48,7 +48,7 @@ from caesura_coordinator.effects import (
     WaveMoved,
 )
 from caesura_coordinator.fleet_lookup import FleetLookup
-from caesura_coordinator.inputs import Approve, Fact, Input, Outdated
+from caesura_coordinator.inputs import Approve, DocumentSuperseded, Fact, Input
 from caesura_coordinator.published_state import rollout_state, with_etags
 from caesura_coordinator.records import FINAL, Rollout, WaveEvent, without_waves
 from caesura_coordinator.retention import Removal, all_waves, excess, how_shown, no_longer_kept
@@ -233,7 +233,7 @@ class RolloutRepository:
                 self.store.enqueue(ended, set=ended.set, status=ended.status)
             self._documents.replace(document)
             open_events = frozenset(each.event_id for each in document.events)
-            found = Outdated(set=document.set, open_events=open_events)
+            found = DocumentSuperseded(set=document.set, open_events=open_events)
             for rollout in self.active:
                 if document.set in rollout.sets:
                     known = fleet.with_commanded(partial(self._commanded_by_others, rollout))

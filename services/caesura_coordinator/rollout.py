@@ -21,7 +21,7 @@ from caesura_coordinator.authority import Authority
 from caesura_coordinator.decision import Decision, with_wave
 from caesura_coordinator.effects import Effect
 from caesura_coordinator.fleet_lookup import FleetLookup
-from caesura_coordinator.inputs import Abort, Approve, Input, Outdated, Resume, Tick
+from caesura_coordinator.inputs import Abort, Approve, DocumentSuperseded, Input, Resume, Tick
 from caesura_coordinator.records import (
     Rollout,
 )
@@ -62,8 +62,8 @@ def decide(
             input_handlers.report(decision, received)
         case VmClockSynced():
             input_handlers.clock(decision, received)
-        case Outdated():
-            input_handlers.outdated(decision, received)
+        case DocumentSuperseded():
+            input_handlers.document_superseded(decision, received)
         case Tick():
             decision.time_passed = True
     advance(decision)

@@ -11,8 +11,8 @@ from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.contract.parts import WholeRollout
 from caesura.fleet.fold import apply
+from caesura.fleet.retained_messages import Cleared
 from caesura.fleet.state import FleetState
-from caesura.fleet.words import Cleared
 
 
 class Pause(msgspec.Struct, frozen=True):

@@ -36,7 +36,7 @@ from caesura.contract.topics import CHANNELS, channel_of
 from caesura.delivery.message import prepare
 from caesura.delivery.policy import DeliveryPolicy
 from caesura.delivery.publisher import ReliablePublisher
-from caesura.fleet.words import Cleared
+from caesura.fleet.retained_messages import Cleared
 from caesura.runtime.identity import new_id
 from caesura.runtime.settings import SettingsError
 from caesura_ctl.errors import BadRequest, NoBroker, NoCoordinatorAnswer

@@ -7,9 +7,11 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 
 from caesura.bus.messaging import MessageClient
+from caesura.bus.options import parse_address
 from caesura.bus.port import Bus, BusError, Delivery
 from caesura.bus.presence import Presence
 from caesura.contract.codec import Received
@@ -46,6 +48,7 @@ from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.inventory.installs import installed
 from caesura_host_updater.inventory.publisher import InventoryPublisher
 from caesura_host_updater.journal import Journal, JournalThread
+from caesura_host_updater.kernel.readiness import KernelReadiness
 from caesura_host_updater.metrics import HostMetrics
 from caesura_host_updater.operation.crash_recovery import CrashRecovery
 from caesura_host_updater.operation.current_operation import CurrentOperation
@@ -133,6 +136,13 @@ class HostUpdater:
             self._fact_factory, journal=journal, outbox=self.outbox, clocks=self.clocks, metrics=metrics
         )
         self._view = VmView(host.vm, driver)
+        self._kernel = KernelReadiness(
+            host.kernel,
+            state_dir=Path(settings.state_dir),
+            guard_pid=lambda: guard.pid,
+            broker_host=parse_address(settings.broker_url).host,
+            changed=self._changed.set,
+        )
         self._recovery = CrashRecovery(
             host.host,
             driver=driver,
@@ -143,6 +153,7 @@ class HostUpdater:
             pauses=pauses,
             resumed=resumed,
             has_clock=self._view.has_clock,
+            measured=self._kernel.measured,
         )
         self.operations = CurrentOperation(
             host.host,
@@ -158,6 +169,7 @@ class HostUpdater:
             announce=self._announce,
             on_change=self._changed.set,
             on_end=self._operation_ended,
+            kernels=self._kernel,
         )
         self._updates = CatalogueReader(settings.updates_dir, self._updates_changed)
         self._installed_probe = InstalledProbe(
@@ -213,6 +225,7 @@ class HostUpdater:
             "updates": self._updates.run,
             "installed updates": self._installed_probe.run,
             "pause markers": self._pauses.remove_later,
+            "kernel": self._kernel.run,
         }
 
     # -- start ----------------------------------------------------------------------------------------------
@@ -271,6 +284,7 @@ class HostUpdater:
                     self._installed_probe.answers,
                     records.keys(),
                 ),
+                kernel=self._kernel.record,
             )
             await self._inventories.publish(message)
             with suppress(TimeoutError):

@@ -9,8 +9,8 @@ from __future__ import annotations
 from caesura.contract.envelope import Message
 from caesura.contract.messages import SetDocument, VmDetails
 from caesura.fleet.fold import Changes, apply
+from caesura.fleet.retained_messages import Cleared
 from caesura.fleet.state import FleetState, LocatedVm
-from caesura.fleet.words import Cleared
 
 
 class Directory:

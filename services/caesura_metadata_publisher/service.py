@@ -37,7 +37,7 @@ from caesura.delivery.message import prepare
 from caesura.delivery.policy import DeliveryPolicy
 from caesura.delivery.publisher import ReliablePublisher
 from caesura.fleet.fold import Changes
-from caesura.fleet.words import Cleared
+from caesura.fleet.retained_messages import Cleared
 from caesura.lifecycle.document import find_event
 from caesura.runtime.logs import get_logger
 from caesura_metadata_publisher.api_versions import INSTANCE_VERSIONS, EventsVersion

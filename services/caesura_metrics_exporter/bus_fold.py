@@ -16,8 +16,8 @@ from caesura.contract.envelope import Message
 from caesura.contract.parts import WholeRollout
 from caesura.contract.topics import match_topic
 from caesura.fleet.fold import NOTHING, Changes, apply
+from caesura.fleet.retained_messages import Cleared
 from caesura.fleet.state import FleetState
-from caesura.fleet.words import Cleared
 from caesura_metrics_exporter.rollout_index import RolloutIndex
 
 _FOLDED = (

@@ -1,4 +1,4 @@
-"""The metrics exporter's shell: reads the whole bus, folds it once, and updates ``FactCounters``, ``FleetMetricsView`` and ``Live``."""
+"""The metrics exporter's shell: reads the whole bus, folds it once, and updates ``FactCounters``, ``FleetMetricsView`` and ``LivePageState``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from caesura.contract.topics import PREFIX, match_topic
 from caesura.runtime.logs import get_logger
 from caesura.runtime.sampler import Sampler
 from caesura_metrics_exporter.bus_fold import BusFold
+from caesura_metrics_exporter.live.page_state import LivePageState
 from caesura_metrics_exporter.live.stream import LiveStream
-from caesura_metrics_exporter.live.view import Live
 from caesura_metrics_exporter.metrics.collector import FleetCollector, SelfStats
 from caesura_metrics_exporter.metrics.counters import FactCounters
 from caesura_metrics_exporter.metrics.current_state import FleetMetricsView
@@ -57,7 +57,7 @@ class MetricsExporter:
         self._ownership = self._folded.state.ownership
         self._sampled = Sampler()
         self._refused = RefusalLog()
-        self.live = Live(self._folded)
+        self.live = LivePageState(self._folded)
         self.stream = LiveStream(self.live, wall, monotonic, self.broker_ping)
 
     def collector(self) -> FleetCollector:

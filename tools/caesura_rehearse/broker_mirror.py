@@ -25,8 +25,8 @@ from caesura_ctl.options import settings_for
 from caesura_ctl.session import connect
 from caesura_ctl.settings import CtlSettings
 from caesura_rehearse.bus_facts import Fact, FactLog, Place
-from caesura_rehearse.engine import Engine
-from caesura_rehearse.rollouts import HOST
+from caesura_rehearse.fleet_simulation import FleetSimulation
+from caesura_rehearse.simulated_coordinator import HOST
 
 _CONNECT_S = 5.0  # s: to the broker, which answered a moment before
 _DRAIN_S = 5.0  # s: for the last messages, at the end of the rehearsal
@@ -99,7 +99,7 @@ class Mirror:
 
 @asynccontextmanager
 async def mirrored(
-    engine: Engine, broker: MemoryBroker, url: str, say: Callable[[str], None]
+    simulation: FleetSimulation, broker: MemoryBroker, url: str, say: Callable[[str], None]
 ) -> AsyncIterator[None]:
     """Publish at the broker ``url`` while the block runs; user, password and TLS are those of ``caesura`` (``CAESURA_CTL_BROKER_...``).
 
@@ -115,7 +115,7 @@ async def mirrored(
     options = options_from(settings, client_id=f"rehearse-{new_id()[:8]}")
     bus = MqttBus(options, will=last_will(offline, source, host=HOST))
     mirror = Mirror(bus, source, say)
-    began = datetime.now(UTC) - timedelta(seconds=engine.now)
+    began = datetime.now(UTC) - timedelta(seconds=simulation.now)
     facts = FactLog(HOST, lambda instant: began + timedelta(seconds=instant))
     inside = MemoryBus(broker, client_id="mirror", filters=(f"{PREFIX}/#",))
 
@@ -125,7 +125,7 @@ async def mirrored(
             found := decode(delivery.topic, delivery.payload).message, SetDocument
         ):
             facts.document(found)
-        engine.notify()
+        simulation.notify()
 
     async def nothing(_: Delivery) -> None:
         """It subscribes to nothing."""
@@ -138,13 +138,13 @@ async def mirrored(
                 slot.vm: Place(
                     set=slot.set, update_domain=slot.update_domain, pausable=slot.target is not None
                 )
-                for slot in engine.slots.values()
+                for slot in simulation.slots.values()
             }
-            found.extend(facts.pending(engine.events, places))
+            found.extend(facts.pending(simulation.events, places))
             return bool(found)
 
         while True:
-            await engine.until(pending, None)
+            await simulation.until(pending, None)
             for fact in found:
                 _tell(mirror, fact)
             found.clear()

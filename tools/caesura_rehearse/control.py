@@ -17,9 +17,9 @@ from aiohttp import web
 
 from caesura.runtime.errors import CaesuraError, ConfigError
 from caesura.runtime.health import serve_app
+from caesura_rehearse.call_dispatcher import CallDispatcher, StepMissed
 from caesura_rehearse.control_file import ControlAddress, folder_of_controls
-from caesura_rehearse.desk import Desk, StepMissed
-from caesura_rehearse.rollouts import UnknownEvent
+from caesura_rehearse.simulated_coordinator import UnknownEvent
 
 OPENAPI_FILE = Path(__file__).with_name("openapi.json")
 _SHUTDOWN_S = 0.2  # s: who waits for an event of a rehearsal that ends gets no answer
@@ -28,7 +28,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @asynccontextmanager
-async def serve_control(desk: Desk, path: Path | None = None) -> AsyncIterator[Path]:
+async def serve_control(calls: CallDispatcher, path: Path | None = None) -> AsyncIterator[Path]:
     """Serve the API while the block runs; gives the file that has its address and token.
 
     Args:
@@ -38,7 +38,7 @@ async def serve_control(desk: Desk, path: Path | None = None) -> AsyncIterator[P
         ConfigError: the file cannot be written.
     """
     token = secrets.token_urlsafe(24)
-    app = control_app(desk, token)
+    app = control_app(calls, token)
     async with serve_app(app, "127.0.0.1:0", shutdown_s=_SHUTDOWN_S) as address:
         file = _write(path, ControlAddress(url=f"http://{address}", token=token, pid=os.getpid()))
         try:
@@ -60,13 +60,13 @@ def _write(path: Path | None, address: ControlAddress) -> Path:
     return file
 
 
-def control_app(desk: Desk, token: str) -> web.Application:
+def control_app(calls: CallDispatcher, token: str) -> web.Application:
     """The API. Every answer is JSON; a refusal has ``error``."""
 
     async def ask(name: str, arguments: Mapping[str, Any]) -> web.Response:
         try:
             return web.json_response(
-                await desk.call(name, arguments), status=201 if name in ("order", "roll") else 200
+                await calls.call(name, arguments), status=201 if name in ("order", "roll") else 200
             )
         except UnknownEvent as error:
             return _refusal(404, str(error))

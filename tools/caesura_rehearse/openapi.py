@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from caesura_rehearse.desk import EventStep, RolloutWait
+from caesura_rehearse.call_dispatcher import EventStep, RolloutWait
 from caesura_rehearse.observations import EventRecord, RolloutRecord
 from caesura_rehearse.orders import Order
 from caesura_rehearse.report import Report

@@ -16,13 +16,13 @@ from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.process.freezers import choose_freezer
 from caesura_rehearse.address import local_address
 from caesura_rehearse.broker_mirror import mirrored
+from caesura_rehearse.call_dispatcher import CallDispatcher
 from caesura_rehearse.container_lookup import NoContainer, ways_to_metadata
 from caesura_rehearse.container_target import RunningContainer, find_container
 from caesura_rehearse.control import serve_control
-from caesura_rehearse.desk import Desk
-from caesura_rehearse.engine import Engine, rehearsal
 from caesura_rehearse.expectations import Expectation
 from caesura_rehearse.faults import Fault
+from caesura_rehearse.fleet_simulation import FleetSimulation, rehearsal
 from caesura_rehearse.members import SetMember
 from caesura_rehearse.namespace import URL, NoNamespace, metadata_inside, open_door, published, way_in
 from caesura_rehearse.orders import Order
@@ -109,7 +109,7 @@ class Rehearse:
     def __init__(self, options: RunOptions, say: Callable[[str], None]) -> None:
         self._options = options
         self._say = say
-        self._engine: Engine | None = None
+        self._simulation: FleetSimulation | None = None
         self._signal = 0
         self._no_way_out = ""
         """Why the program's own network leads nowhere."""
@@ -133,126 +133,130 @@ class Rehearse:
 
     def _on_signal(self, number: int, body: asyncio.Future[Report]) -> None:
         first, self._signal = not self._signal, self._signal or number
-        if first and self._waiting and self._engine is not None:
-            self._engine.notify()  # it is the end that was announced: what was found is reported
+        if first and self._waiting and self._simulation is not None:
+            self._simulation.notify()  # it is the end that was announced: what was found is reported
         elif first:
             body.cancel()
-        elif self._engine is not None:
-            self._engine.hurry()
+        elif self._simulation is not None:
+            self._simulation.hurry()
 
     async def _in_folder(self) -> Report:
         folder = (
             run_folder()
         )  # not in a thread: a signal between its making and the next line would leave it behind
         try:
-            async with rehearsal(folder, self._news, speed=self._options.speed) as engine:
-                self._engine = engine
-                return await self._perform(engine, folder)
+            async with rehearsal(folder, self._news, speed=self._options.speed) as simulation:
+                self._simulation = simulation
+                return await self._perform(simulation, folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _news(self, text: str) -> None:
         if not self._options.quiet:
-            at = self._engine.now if self._engine is not None else 0.0
+            at = self._simulation.now if self._simulation is not None else 0.0
             self._say(f"{at:7.1f} s  {text}")
 
-    async def _perform(self, engine: Engine, folder: Path) -> Report:
+    async def _perform(self, simulation: FleetSimulation, folder: Path) -> Report:
         options = self._options
         recording = None if options.replay is None else await load_recording(options.replay)
         container = await self._container()
         if options.broker:
-            await engine.enter(mirrored(engine, engine.broker, options.broker, self._news))
+            await simulation.enter(mirrored(simulation, simulation.broker, options.broker, self._news))
             self._say(f"broker    {options.broker}: its messages are there, too")
         address = with_gateway(options.address, container)
         if address:
-            await engine.enter(local_address(address))
+            await simulation.enter(local_address(address))
         ports = ports_for([each.vm for each in options.members], options.port)
         for member, port in zip(options.members, ports, strict=True):
-            slot = await engine.add_vm(member.vm, member.set, member.update_domain, address or "127.0.0.1:0")
+            slot = await simulation.add_vm(
+                member.vm, member.set, member.update_domain, address or "127.0.0.1:0"
+            )
             slot.port = port
         for fault in options.faults:
-            engine.add_fault(fault)
-        await self._start_all(engine, folder, container)
-        control = await engine.enter(serve_control(Desk(engine), options.control))
+            simulation.add_fault(fault)
+        await self._start_all(simulation, folder, container)
+        control = await simulation.enter(serve_control(CallDispatcher(simulation), options.control))
         if recording is not None:
-            return await self._replay(engine, recording)
+            return await self._replay(simulation, recording)
         scenario = None
         if options.scenario is not None:
-            player = ScenarioPlayer(engine, options.scenario)
+            player = ScenarioPlayer(simulation, options.scenario)
             scenario = player.record
             await player.play()
         elif options.order is not None:
-            rollout = await engine.rollouts.roll(options.order)
-            await engine.until(lambda: rollout.ended is not None, None)
+            rollout = await simulation.rollouts.roll(options.order)
+            await simulation.until(lambda: rollout.ended is not None, None)
         else:
-            programs = any(slot.target is not None for slot in engine.slots.values())
+            programs = any(slot.target is not None for slot in simulation.slots.values())
             until = "until the program ends, or Ctrl-C" if programs else "Ctrl-C ends it"
             self._say(
                 f"orders    caesura rehearse freeze --for 9s --notice 15s; control API in {control}; {until}"
             )
             self._waiting = True
-            await engine.until(lambda: self._signal != 0 or _is_over(engine), None)
+            await simulation.until(lambda: self._signal != 0 or _is_over(simulation), None)
             self._waiting = False
         if options.scenario is not None or options.order is not None:
-            await engine.until(lambda: nothing_left(list(engine.slots.values())), options.settle_s)
-        return engine.report(options.expectations, scenario=scenario)
+            await simulation.until(lambda: nothing_left(list(simulation.slots.values())), options.settle_s)
+        return simulation.report(options.expectations, scenario=scenario)
 
-    async def _replay(self, engine: Engine, recording: Recording) -> Report:
+    async def _replay(self, simulation: FleetSimulation, recording: Recording) -> Report:
         options = self._options
         events = len(recording.event_ids)
         self._say(
             f"replay    {options.replay}: {recording.seconds:.0f} s of {recording.head.server}, events: {events}"
             + ("" if recording.whole else "; its recorder did not end in order")
         )
-        (slot,) = engine.slots.values()
-        replaying = asyncio.create_task(engine.replay(recording, slot, pause_s=options.pause_at_start_s))
-        replaying.add_done_callback(lambda _: engine.notify())
+        (slot,) = simulation.slots.values()
+        replaying = asyncio.create_task(simulation.replay(recording, slot, pause_s=options.pause_at_start_s))
+        replaying.add_done_callback(lambda _: simulation.notify())
         try:
-            await engine.until(lambda: replaying.done() or nothing_left([slot]), None)
+            await simulation.until(lambda: replaying.done() or nothing_left([slot]), None)
             if replaying.done():
                 await replaying
-                await engine.until(lambda: nothing_left([slot]), options.settle_s)
+                await simulation.until(lambda: nothing_left([slot]), options.settle_s)
         finally:
             replaying.cancel()
             await asyncio.gather(replaying, return_exceptions=True)
-        return engine.report(options.expectations, recorded=events)
+        return simulation.report(options.expectations, recorded=events)
 
-    async def _start_all(self, engine: Engine, folder: Path, container: RunningContainer | None) -> None:
-        for member, slot in zip(self._options.members, engine.slots.values(), strict=True):
+    async def _start_all(
+        self, simulation: FleetSimulation, folder: Path, container: RunningContainer | None
+    ) -> None:
+        for member, slot in zip(self._options.members, simulation.slots.values(), strict=True):
             outside = slot.url
             if container is not None:
-                await self._take(engine, slot, container)
+                await self._take(simulation, slot, container)
             else:
-                await self._attach(engine, slot, member, folder)
+                await self._attach(simulation, slot, member, folder)
             self._tell_way(outside, slot, container)
-        if len(engine.slots) == 1:
-            self._tell_how(engine)
+        if len(simulation.slots) == 1:
+            self._tell_how(simulation)
 
-    async def _attach(self, engine: Engine, slot: Slot, member: SetMember, folder: Path) -> None:
+    async def _attach(self, simulation: FleetSimulation, slot: Slot, member: SetMember, folder: Path) -> None:
         options = self._options
         if not options.netns:
             target = await self._target(folder, slot, member)
             if target is not None:
-                await engine.attach(slot, target)
+                await simulation.attach(slot, target)
             return
-        door = await engine.enter(
+        door = await simulation.enter(
             open_door(
                 folder,
                 slot.vm,
-                lambda listener: engine.listen(slot.vm, listener),
-                engine.notify,
+                lambda listener: simulation.listen(slot.vm, listener),
+                simulation.notify,
                 lead_out=True,
             )
         )
         slot.url = URL
         resolver = await in_thread("resolver", lambda: resolver_for_inside(folder))
         program = await self._program(folder, slot, member, way_in(folder, slot.vm, resolver))
-        await engine.attach(slot, program)
-        await engine.until(lambda: door.entered.is_set() or program.ended.is_set(), None)
+        await simulation.attach(slot, program)
+        await simulation.until(lambda: door.entered.is_set() or program.ended.is_set(), None)
         if door.problem:
             raise NoNamespace(f"--netns does not work here: {door.problem}")
         if options.publish:
-            await engine.enter(published(options.publish, lambda: program.pid))
+            await simulation.enter(published(options.publish, lambda: program.pid))
         self._no_way_out = door.no_way_out
 
     async def _container(self) -> RunningContainer | None:
@@ -267,16 +271,16 @@ class Rehearse:
             folder=Path.cwd(),
         )
 
-    async def _take(self, engine: Engine, slot: Slot, container: RunningContainer) -> None:
+    async def _take(self, simulation: FleetSimulation, slot: Slot, container: RunningContainer) -> None:
         if self._options.netns:
             if container.facts.network == "host":
                 raise NoNamespace(
                     f"{container.what} shares this machine's network: --netns would put 169.254.169.254 into that; --address does it"
                 )
-            container.entered = await engine.enter(
-                metadata_inside(lambda listener: engine.listen(slot.vm, listener))
+            container.entered = await simulation.enter(
+                metadata_inside(lambda listener: simulation.listen(slot.vm, listener))
             )
-        await engine.attach(slot, container)
+        await simulation.attach(slot, container)
 
     async def _target(self, folder: Path, slot: Slot, member: SetMember) -> Target | None:
         options = self._options
@@ -313,10 +317,10 @@ class Rehearse:
             for note in container.notes:
                 self._say(f"note      {note}")
 
-    def _tell_how(self, engine: Engine) -> None:
+    def _tell_how(self, simulation: FleetSimulation) -> None:
         """How clients find it, where there is one VM: with several there is too much to read already."""
         options = self._options
-        (slot,) = engine.slots.values()
+        (slot,) = simulation.slots.values()
         if options.netns and options.argv:
             ports = ", ".join(f"127.0.0.1:{port}" for port in options.publish) or "none (--publish PORT)"
             self._say(
@@ -353,9 +357,9 @@ def with_gateway(address: str, container: RunningContainer | None) -> str:
     return f"{container.facts.gateways[0]}:{address.removeprefix('gateway:')}"
 
 
-def _is_over(engine: Engine) -> bool:
+def _is_over(simulation: FleetSimulation) -> bool:
     """Whether the programs have ended, and every event with them."""
-    return nothing_left(list(engine.slots.values())) and all(each.outcome for each in engine.events)
+    return nothing_left(list(simulation.slots.values())) and all(each.outcome for each in simulation.events)
 
 
 def refused_together(options: Sequence[tuple[str, object]]) -> str:

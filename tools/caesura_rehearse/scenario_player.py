@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from caesura_rehearse.engine import Engine
+from caesura_rehearse.fleet_simulation import FleetSimulation
 from caesura_rehearse.observations import RolloutRecord, ScenarioRecord, StepRecord
 from caesura_rehearse.orders import OrderRefused
 from caesura_rehearse.scenario import FaultStep, OnEventStep, OrderStep, Scenario, Step
@@ -13,14 +13,14 @@ class ScenarioPlayer:
     """One performance.
 
     Args:
-        engine: with the scenario's VMs.
+        simulation: with the scenario's VMs.
         scenario: whose members were checked.
     """
 
-    def __init__(self, engine: Engine, scenario: Scenario) -> None:
-        self._engine = engine
+    def __init__(self, simulation: FleetSimulation, scenario: Scenario) -> None:
+        self._simulation = simulation
         self._scenario = scenario
-        self._script = Script(scenario.steps, engine.rollouts.speed)
+        self._script = Script(scenario.steps, simulation.rollouts.speed)
         self._rollouts: dict[str, RolloutRecord] = {}
         self._began = 0.0
         self.record = ScenarioRecord(
@@ -32,9 +32,9 @@ class ScenarioPlayer:
 
     async def play(self) -> None:
         """Play it to its end, or until all programs have ended by themselves."""
-        self._began = self._engine.now
+        self._began = self._simulation.now
         for fault in self._scenario.faults:
-            self._engine.add_fault(fault)
+            self._simulation.add_fault(fault)
         steps = iter(self.record.steps)
         while (due := self._next()) is not None:
             if isinstance(due, Wait):
@@ -43,18 +43,18 @@ class ScenarioPlayer:
                     break
                 continue
             record = next(steps)
-            record.at = self._engine.now
+            record.at = self._simulation.now
             try:
                 await self._perform(due)
             except OrderRefused as error:
                 record.why = str(error)
         for record in steps:
             record.why = "not reached: the program ended before"
-        await self._engine.until(lambda: not self._open(), None)
+        await self._simulation.until(lambda: not self._open(), None)
 
     def _next(self) -> Step | Wait | None:
         announced = {name: each.began - self._began for name, each in self._rollouts.items()}
-        return self._script.next(self._engine.now - self._began, announced, self._open())
+        return self._script.next(self._simulation.now - self._began, announced, self._open())
 
     def _open(self) -> set[str]:
         """The names of the events that are not over."""
@@ -62,27 +62,29 @@ class ScenarioPlayer:
 
     def _gone(self) -> bool:
         """Whether all programs have ended by themselves."""
-        programs = self._engine.programs
+        programs = self._simulation.programs
         return bool(programs) and all(each.exited is not None for each in programs)
 
     async def _wait(self, wait: Wait) -> None:
         before = self._open()
-        timeout_s = None if wait.until_s is None else max(wait.until_s + self._began - self._engine.now, 0.0)
-        await self._engine.until(lambda: self._open() != before or self._gone(), timeout_s)
+        timeout_s = (
+            None if wait.until_s is None else max(wait.until_s + self._began - self._simulation.now, 0.0)
+        )
+        await self._simulation.until(lambda: self._open() != before or self._gone(), timeout_s)
 
     async def _perform(self, step: Step) -> None:
         match step:
             case OrderStep():
-                self._rollouts[step.name] = await self._engine.rollouts.roll(step.order)
+                self._rollouts[step.name] = await self._simulation.rollouts.roll(step.order)
             case FaultStep(fault=None):
-                self._engine.clear_faults()
+                self._simulation.clear_faults()
             case FaultStep(fault=fault) if fault is not None:
-                self._engine.add_fault(fault)
+                self._simulation.add_fault(fault)
             case OnEventStep():
                 await self._on_event(step)
 
     async def _on_event(self, step: OnEventStep) -> None:
-        rollouts = self._engine.rollouts
+        rollouts = self._simulation.rollouts
         events = rollouts.open_events(self._rollouts[step.name].rollout_id)
         if not events:
             raise OrderRefused(f"{step.name} is over already")

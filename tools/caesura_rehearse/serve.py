@@ -1,6 +1,6 @@
 """Rehearsals for a program that owns this process: requests on standard input, answers on standard output, a line of JSON each.
 
-``{"id": 1, "do": "open"}`` begins a rehearsal, ``close`` ends it; in between come the calls of ``ProgramDesk``. The end of standard input ends everything,
+``{"id": 1, "do": "open"}`` begins a rehearsal, ``close`` ends it; in between come the calls of ``ProgramCallDispatcher``. The end of standard input ends everything,
 so nothing is left however the owner ends.
 """
 
@@ -18,9 +18,9 @@ from typing import Any
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import configure_logging
 from caesura.runtime.threads import in_thread
-from caesura_rehearse.desk import BadCall
-from caesura_rehearse.engine import rehearsal
-from caesura_rehearse.program_desk import SET, VM, ProgramDesk, best_freezer
+from caesura_rehearse.call_dispatcher import BadCall
+from caesura_rehearse.fleet_simulation import rehearsal
+from caesura_rehearse.program_call_dispatcher import SET, VM, ProgramCallDispatcher, best_freezer
 from caesura_rehearse.run_folder import run_folder
 
 _LINE_BYTES = 16 * 1024 * 1024  # an environment may be large
@@ -31,7 +31,7 @@ class OwnedRehearsals:
 
     def __init__(self) -> None:
         self._stack: AsyncExitStack | None = None
-        self._desk: ProgramDesk | None = None
+        self._calls: ProgramCallDispatcher | None = None
 
     async def answer(self, request: dict[str, Any]) -> Any:
         """The result of one request. Raises CaesuraError."""
@@ -40,9 +40,9 @@ class OwnedRehearsals:
             return await self._open()
         if name == "close":
             return await self.close()
-        if self._desk is None:
+        if self._calls is None:
             raise BadCall("no rehearsal is open")
-        return await self._desk.call(name, request.get("with") or {})
+        return await self._calls.call(name, request.get("with") or {})
 
     async def _open(self) -> dict[str, str]:
         await self.close()
@@ -50,9 +50,9 @@ class OwnedRehearsals:
         try:
             folder = await in_thread("folder", run_folder)
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            engine = await stack.enter_async_context(rehearsal(folder, lambda _: None))
-            slot = await engine.add_vm(VM, SET, 0)
-            self._desk = ProgramDesk(engine, folder, await best_freezer())
+            simulation = await stack.enter_async_context(rehearsal(folder, lambda _: None))
+            slot = await simulation.add_vm(VM, SET, 0)
+            self._calls = ProgramCallDispatcher(simulation, folder, await best_freezer())
         except BaseException:
             await stack.aclose()
             raise
@@ -61,7 +61,7 @@ class OwnedRehearsals:
 
     async def close(self) -> None:
         """End the one that is open."""
-        stack, self._stack, self._desk = self._stack, None, None
+        stack, self._stack, self._calls = self._stack, None, None
         if stack is not None:
             await stack.aclose()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
-from caesura.contract.messages import HostInventory, InstalledUpdate, ProofCode, VmRecord, VmState
+from caesura.contract.messages import HostInventory, HostKernel, InstalledUpdate, ProofCode, VmRecord, VmState
 from caesura.lifecycle.command_compatibility import COMMANDS
 from caesura.lifecycle.proof import ordered
 from caesura_host_updater.drivers.port import Capabilities
@@ -40,7 +40,8 @@ def _proofs(spec: VmSpec, can: Capabilities, *, canary: bool) -> dict[str, tuple
         by_guest.append("canary_equal")
     # A swap's pause of milliseconds has no time for all of memory.
     sampled: tuple[ProofCode, ...] = tuple(each for each in can.digests if each == "sampled_digest_equal")
-    by_method = {"swap": sampled, "freeze": can.digests, "replace": can.digests}
+    # Over a change of the host's kernel nobody here compares anything: only the guest itself can.
+    by_method = {"swap": sampled, "freeze": can.digests, "replace": can.digests, "kexec": ()}
     return {method: ordered((*by_method[method], *by_guest)) for method in can.methods if method in by_method}
 
 
@@ -86,6 +87,7 @@ def inventory(
     guard: Literal["ready", "armed", "absent"],
     refused_epoch: str = "",
     installed: tuple[InstalledUpdate, ...] = (),
+    kernel: HostKernel | None = None,
 ) -> HostInventory:
     """The whole host, now."""
     return HostInventory(
@@ -102,4 +104,5 @@ def inventory(
         refused_epoch=refused_epoch,
         installed=installed,
         commands=COMMANDS,
+        kernel=kernel,
     )

@@ -7,11 +7,14 @@ set its own from the time stamp counter. So every instant has a place on the pre
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 
 import msgspec
 
+from caesura.contract.messages import KernelFigure
 from caesura_host_updater.operation.leaving import NO_DIGEST
 from caesura_host_updater.operation.state import Operation, VmPause, failed
+from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.kernel_change import Arrival, KernelChange, Left, VmArrival
 
 _NO_RECORD = "the host came back without a record of its VMs"
@@ -44,11 +47,35 @@ def arrived(op: Operation, change: KernelChange | None, *, wall_s: float, now: f
     return msgspec.structs.replace(op, end="failed" if op.failure else "completed")
 
 
-def measured_s(op: Operation) -> float | None:
-    """The pause that was measured: of the VM that was paused longest; None: not every VM runs."""
-    if not op.vms or any(vm.end != "running" or vm.called_at is None for vm in op.vms):
+def figure_of(op: Operation, change: KernelChange | None, at: datetime) -> KernelFigure | None:
+    """The pause that was measured: of the VM that was paused longest. None: not every VM runs, or nothing was measured.
+
+    A return to the former kernel after a crash does not measure a planned change to it.
+    """
+    if change is None or change.left is None or change.arrival is None or not op.vms:
         return None
-    return max(vm.pause_s for vm in op.vms)
+    if change.arrival.release != change.expected_release:
+        return None
+    if any(vm.end != "running" or vm.called_at is None for vm in op.vms):
+        return None
+    seconds = max(vm.pause_s for vm in op.vms)
+    return KernelFigure(to=change.arrival.release, former=change.left.release, seconds=seconds, at=at)
+
+
+def rehearsal_figure(intent: Intent, at: datetime) -> KernelFigure | None:
+    """What a change of the kernel without guests took, until a throw-away VMM answered; None: it was something else, or failed."""
+    change = intent.kernel_change
+    if change is None or not change.rehearsal or change.left is None or change.arrival is None:
+        return None
+    ready = [vm.running_at for vm in change.arrival.vms.values()]
+    if change.arrival.release != change.expected_release or not ready:
+        return None
+    seconds = max((each - change.left.pair.realtime for each in ready if each is not None), default=0.0)
+    if seconds <= 0:
+        return None
+    return KernelFigure(
+        to=change.arrival.release, former=change.left.release, seconds=seconds, at=at, rehearsal=True
+    )
 
 
 def _in_this_boot(op: Operation, left: Left, offset_s: float) -> Operation:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from types import MappingProxyType
 
-from caesura.contract.messages import OperationReported
+from caesura.contract.messages import KernelFigure, OperationReported
 from caesura.delivery.message import OutboxMessage
 from caesura.runtime.errors import StoreError
 from caesura.runtime.logs import get_logger
@@ -23,7 +23,7 @@ from caesura_host_updater.drivers.port import Driver, DriverError, NotRunningYet
 from caesura_host_updater.guard_client import GuardClient, GuardUnavailable
 from caesura_host_updater.inventory.installs import marks_of
 from caesura_host_updater.journal import Journal, JournalEntry, JournalThread
-from caesura_host_updater.operation.arrival import arrived
+from caesura_host_updater.operation.arrival import arrived, figure_of, rehearsal_figure
 from caesura_host_updater.operation.crash_outcome import recovered
 from caesura_host_updater.operation.facts import FactFactory
 from caesura_host_updater.operation.finalizer import OperationFinalizer
@@ -75,6 +75,7 @@ class CrashRecovery:
     Args:
         resumed: what ``resume_marked`` returned.
         has_clock: whether a VM's clock is judged after a pause.
+        measured: keeps how long a change of the host's kernel took.
     """
 
     def __init__(
@@ -89,7 +90,9 @@ class CrashRecovery:
         pauses: PauseMarkers,
         resumed: Mapping[str, float],
         has_clock: Callable[[str], bool],
+        measured: Callable[[KernelFigure], Awaitable[None]] | None = None,
     ) -> None:
+        self._measured = measured
         self._host = host
         self._driver = driver
         self._guard = guard
@@ -139,6 +142,7 @@ class CrashRecovery:
             else:
                 await self._end(entry, held, resumed_now, epoch)
         if held is not None:
+            await self._keep_figure(rehearsal_figure(held, datetime.now(UTC)))
             try:
                 await self._guard.disarm(held.operation)
             except GuardUnavailable as error:
@@ -148,6 +152,10 @@ class CrashRecovery:
         done = self._resuming - set(self.late)
         if done:
             await asyncio.wait(done)
+
+    async def _keep_figure(self, figure: KernelFigure | None) -> None:
+        if figure is not None and self._measured is not None:
+            await self._measured(figure)
 
     async def _end_orphans(self, entry: JournalEntry) -> None:
         try:
@@ -282,6 +290,7 @@ class CrashRecovery:
         if entry.state.method == "kexec" and not same_boot and entry.state.phase not in BEFORE_SAVING:
             change = held.kernel_change if held is not None and held.operation == entry.id else None
             op = arrived(entry.state, change, wall_s=time.time(), now=time.monotonic())
+            await self._keep_figure(figure_of(op, change, datetime.now(UTC)))
         else:
             op = recovered(entry.state, held, resumed_now, same_boot=same_boot, not_started=not_started)
         messages, waits = [], []

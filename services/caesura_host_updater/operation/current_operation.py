@@ -18,7 +18,7 @@ from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation.crash_recovery import resume_until_running
 from caesura_host_updater.operation.finalizer import OperationFinalizer
 from caesura_host_updater.operation.report import clock_wait, final_report
-from caesura_host_updater.operation.runner import OperationRunner
+from caesura_host_updater.operation.runner import Kernels, OperationRunner
 from caesura_host_updater.operation.state import Operation, VmPause
 from caesura_host_updater.outbox import Outbox
 from caesura_host_updater.pause_markers import PauseMarkers
@@ -37,6 +37,7 @@ class CurrentOperation:
         announce: accepts each fact for the bus, with the state that makes it true; must not wait.
         on_change: called when the state of a VM may have changed.
         on_end: called when an operation has ended and the host is idle again.
+        kernels: what method kexec asks of the host.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class CurrentOperation:
         announce: Callable[[VmFrozen | VmResumed, Operation], None],
         on_change: Callable[[], None],
         on_end: Callable[[], None],
+        kernels: Kernels | None = None,
     ) -> None:
+        self._kernels = kernels
         self._host = host
         self._driver = driver
         self._guard = guard
@@ -128,6 +131,8 @@ class CurrentOperation:
             environ=self._environ,
             announce=self._announce,
             on_change=self._on_change,
+            kernels=self._kernels,
+            published=self._outbox.drained,
         )
         if self.stopping:
             self._runner.abort("host_stopping", STOPPING)

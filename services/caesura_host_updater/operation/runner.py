@@ -129,7 +129,7 @@ class OperationRunner:
         announce: accepts each fact for the bus, with the state that makes it true; must not wait.
         on_change: called when the state of a VM may have changed.
         kernels: what method kexec asks; None: no kernel is started under VMs here.
-        published: waits until the broker has every fact.
+        published: waits until the broker has every fact, for so many seconds at most.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class OperationRunner:
         announce: Callable[[VmFrozen | VmResumed, Operation], None],
         on_change: Callable[[], None],
         kernels: Kernels | None = None,
-        published: Callable[[], Awaitable[None]] | None = None,
+        published: Callable[[float], Awaitable[object]] | None = None,
     ) -> None:
         self._kernels = kernels
         self._published = published
@@ -331,9 +331,7 @@ class OperationRunner:
     async def _leave(self, by: float) -> None:
         """Facts to the broker, for a moment; the journal to the disk, without which nothing is known after the jump; then go."""
         if self._published is not None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_PUBLISH_S):
-                    await self._published()
+            await self._published(_PUBLISH_S)
         try:
             async with asyncio.timeout(max(0.0, by - time.monotonic())):
                 await self._journal.do(lambda _: None)  # everything posted before it is on the disk
@@ -403,4 +401,4 @@ def inherited_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if not name.startswith("CAESURA_HOST_UPDATER_")}
 
 
-__all__ = ["Guard", "OperationRunner", "disarmed", "inherited_environment", "to_wall_clock"]
+__all__ = ["Guard", "Kernels", "OperationRunner", "disarmed", "inherited_environment", "to_wall_clock"]

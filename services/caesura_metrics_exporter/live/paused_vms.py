@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
+from caesura_metrics_exporter.live.page_json import PausedVm
 from caesura_metrics_exporter.live.timelines import DomainKey
-from caesura_metrics_exporter.live.views import PausedVm
 
 _LATE_S = 1.0  # s by which a fact may be late, or a clock behind, without being marked
 

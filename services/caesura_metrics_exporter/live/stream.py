@@ -1,4 +1,4 @@
-"""The live page's readers: each is a cursor into ``Live`` instead of a queue.
+"""The live page's readers: each is a cursor into ``LivePageState`` instead of a queue.
 
 A reader gets the merged changes since its cursor once it has read the previous ones, and misses only what a later
 change has replaced. So a slow reader costs only the memory of what it is being sent, for as long as ``page`` allows: at most one
@@ -17,8 +17,8 @@ import msgspec
 from msgspec.structs import replace
 
 from caesura.runtime.errors import CaesuraError
-from caesura_metrics_exporter.live.view import Live
-from caesura_metrics_exporter.live.views import Delta
+from caesura_metrics_exporter.live.page_json import Delta
+from caesura_metrics_exporter.live.page_state import LivePageState
 
 READERS = 32  # streams at once: a browser tab each
 LEAST_S = 0.25  # s between two changes, however many messages arrive
@@ -32,7 +32,7 @@ class TooManyReaders(CaesuraError):
 
 
 class LiveStream:
-    """``Live`` as text for streams.
+    """``LivePageState`` as text for streams.
 
     Args:
         wall: unix time, seconds.
@@ -44,7 +44,7 @@ class LiveStream:
 
     def __init__(
         self,
-        live: Live,
+        live: LivePageState,
         wall: Callable[[], float],
         monotonic: Callable[[], float],
         broker: Callable[[], str],

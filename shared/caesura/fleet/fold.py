@@ -20,8 +20,8 @@ import msgspec
 
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
+from caesura.fleet.retained_messages import Cleared
 from caesura.fleet.state import FleetState, LocatedVm
-from caesura.fleet.words import Cleared
 
 
 class Changes(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import msgspec
 
 from caesura.contract.messages import CoordinatorPresence, HostInventory, VmRecord
+from caesura.fleet.retained_messages import RetainedMessages
 from caesura.fleet.sets import SetIndex
-from caesura.fleet.words import Words
 from caesura.lifecycle.ownership import Ownership
 
 _NO_SET = SetIndex()
@@ -53,7 +53,7 @@ class FleetState:
     """See the module. ``touched`` counts the index entries that were changed or read: the cost of a message."""
 
     def __init__(self) -> None:
-        self.words = Words()
+        self.words = RetainedMessages()
         self.ownership = Ownership()
         self.coordinator: CoordinatorPresence | None = None
         """The one with the highest epoch; offline when its last will said so."""

@@ -60,14 +60,15 @@ async def test_every_rule_holds(kind: str) -> None:
     if kind == "mosquitto" and find_mosquitto() is None:
         pytest.skip("mosquitto is not installed (on Debian: apt-get install mosquitto)")
     mark = f"DEMO_TEST=holds-{kind}"
-    process = await _demo("--json", "--broker-kind", kind, mark=mark)
+    words = () if kind == "mosquitto" else SMALL  # what differs is the broker; 25 VMs once are enough
+    process = await _demo("--json", "--broker-kind", kind, *words, mark=mark)
     out, _ = await process.communicate()
     result = json.loads(out)
     assert "error" not in result, result
     assert [check["rule"] for check in result["checks"] if not check["held"]] == []
     assert (process.returncode, result["held"]) == (0, True)
     assert result["urls"]["live page"].startswith("http://127.0.0.1:")
-    assert len(result["pauses"]) == 25
+    assert len(result["pauses"]) == (25 if kind == "mosquitto" else 3)
     assert not list(marked_processes(mark))
 
 
@@ -140,7 +141,7 @@ async def test_killed_with_9_it_leaves_nothing_behind_after_a_while(services: st
             await asyncio.sleep(0.1)
 
 
-_RUNS = int(os.environ.get("CAESURA_DEMO_INTERRUPTIONS", "3"))
+_RUNS = int(os.environ.get("CAESURA_DEMO_INTERRUPTIONS", "2"))
 _SEED = int(os.environ.get("CAESURA_DEMO_SEED", str(random.randrange(1 << 30))))
 REPEAT_WITH = {"CAESURA_DEMO_SEED": str(_SEED)}
 _LONGEST_S = 20.0
@@ -227,19 +228,19 @@ def _left(said: bytes) -> list[Path]:
 
 @pytest.mark.timeout(600)
 async def test_every_rule_holds_with_real_guests() -> None:
-    """Three real guests with the agent inside: frozen, swapped and replaced, domain by domain, approving over HTTP."""
+    """Two real guests with the agent inside: frozen, swapped and replaced, domain by domain, approving over HTTP."""
     if shutil.which("qemu-system-x86_64") is None:
         pytest.skip("QEMU is not installed (on Debian: apt-get install qemu-system-x86)")
     mark = "QEMU_DEMO_TEST=guests"  # a name that QEMU is given, too
     methods = ("freeze", "swap", "replace")
     words = [word for method in methods for word in ("--method", method)]
-    process = await _demo("--json", "--driver", "qemu", "--vms", "3", *words, mark=mark)
+    process = await _demo("--json", "--driver", "qemu", "--vms", "2", *words, mark=mark)
     out, _ = await process.communicate()
     result = json.loads(out[out.index(b"{") :])
     for method, told in zip(methods, result["rollouts"], strict=True):
         broken = [check for check in told["checks"] if not check["held"]]
         assert broken == [], method
-        assert {pause["vm"] for pause in told["pauses"]} == {"web-1", "web-2", "web-3"}
+        assert {pause["vm"] for pause in told["pauses"]} == {"web-1", "web-2"}
         assert not any(clock["simulated"] for clock in told["clocks"])
     assert (process.returncode, result["held"]) == (0, True)
     freeze, swap, replace = (max(pause["pause_s"] for pause in told["pauses"]) for told in result["rollouts"])

@@ -104,3 +104,16 @@ def test_an_authority_of_the_system_is_good_enough_for_uv(
     mount = f'mount --bind "{roots}" "{SYSTEM}"; exec "$@"'
     found = ask(tmp_path, index, "unshare", "--mount", "sh", "-ec", mount, "sh")
     assert "no-such-package was not found" in found
+
+
+def test_bytecode_is_kept_for_the_next_process() -> None:
+    """Containers for builds often forbid it; then each service, agent and test process would compile all that it imports."""
+    kept = subprocess.run(
+        ("sh", "-c", '. deploy/bootstrap.sh; printf %s "${PYTHONDONTWRITEBYTECODE-unset}"'),
+        cwd=ROOT,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert kept == "unset"

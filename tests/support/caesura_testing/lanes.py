@@ -25,9 +25,9 @@ _SAY_EVERY_S = 30.0
 _END_S = 20.0
 """s: for the lanes to end after a signal, before they are killed."""
 
-# Most of the time the tests wait: for a pause, a broker's answer, a process. Tests of one file stay in one process, where its
-# fixtures are shared.
-_WORKERS = f"-n {2 * min(CORES, 4)} --dist loadfile"
+# One a core: unit tests hardly wait, and each worker imports and collects all of them for itself. Tests of one file stay in one
+# process, where its fixtures are shared.
+_WORKERS = f"-n {min(CORES, 8)} --dist loadfile"
 
 
 _JOURNEYS = ("demo", "docs", "page", "qemu")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from caesura.contract.envelope import Message
 from caesura.contract.topics import CHANNELS
 from caesura.fleet.fold import apply
+from caesura.fleet.retained_messages import Cleared
 from caesura.fleet.state import FleetState
-from caesura.fleet.words import Cleared
 
 
 def refold(state: FleetState, *messages: Message | Cleared) -> FleetState:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.fleet.fold import apply
+from caesura.fleet.retained_messages import Cleared
 from caesura.fleet.state import FleetState
-from caesura.fleet.words import Cleared
 from caesura.lifecycle.command_compatibility import COMMANDS, missing
 from caesura_coordinator.fleet_lookup import FleetLookup
 from caesura_coordinator.wave_gates import fence_blockers, health_blockers, placement_blockers

@@ -13,7 +13,7 @@ from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.contract.fitting import fits
 from caesura.contract.reasons import Reason
-from caesura.fleet.words import Cleared
+from caesura.fleet.retained_messages import Cleared
 from caesura.lifecycle.errors import IllegalStatusChange
 from caesura.lifecycle.proof import memory_proof
 from caesura_coordinator.announcements import scheduled_event
@@ -21,7 +21,7 @@ from caesura_coordinator.authority import Authority
 from caesura_coordinator.commands import command_for, due_operations
 from caesura_coordinator.effects import Effect, EventEnded, EventScheduled, EventStarted
 from caesura_coordinator.fleet_lookup import FleetLookup
-from caesura_coordinator.inputs import Abort, Approve, Input, Outdated, Resume, Tick
+from caesura_coordinator.inputs import Abort, Approve, DocumentSuperseded, Input, Resume, Tick
 from caesura_coordinator.plan import make_plan
 from caesura_coordinator.published_state import wave_state
 from caesura_coordinator.records import HostOperation, Rollout, Wave, new_rollout
@@ -709,7 +709,7 @@ def test_a_verification_that_was_cut_short_begins_anew(story: Story) -> None:
     story.started().report()
     assert story.wave_is("verifying")
     unsynced = _verdict(story, "w1", "h1", synced=False, by="nobody")
-    story.give(Outdated(set="web", open_events=frozenset()))
+    story.give(DocumentSuperseded(set="web", open_events=frozenset()))
     assert story.is_("halted")
     story.give(Resume())
     assert (story.wave.index, story.wave.status) == (0, "verifying")

@@ -610,7 +610,7 @@ class Fleetwide(RuleBasedStateMachine):
                 assert not list(due_operations(rollout, self.authority))
 
 
-Fleetwide.TestCase.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
+Fleetwide.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 TestFleetwide = Fleetwide.TestCase
 
 

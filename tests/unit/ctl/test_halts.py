@@ -16,7 +16,7 @@ from caesura.lifecycle.command_compatibility import COMMANDS
 from caesura.lifecycle.proof import memory_proof
 from caesura_coordinator.authority import Authority
 from caesura_coordinator.fleet_lookup import FleetLookup
-from caesura_coordinator.inputs import Approve, Input, Outdated, Tick
+from caesura_coordinator.inputs import Approve, DocumentSuperseded, Input, Tick
 from caesura_coordinator.plan import make_plan
 from caesura_coordinator.records import Rollout, Wave, new_rollout
 from caesura_coordinator.rollout import decide
@@ -221,7 +221,9 @@ _FOUND: dict[str, Callable[[], Story]] = {
     "lost": lambda: Story().started().waits(60.0),
     "not ready": lambda: Story().announced().answered(ready=False),
     "busy": lambda: Story().changed(operation="of somebody else").waits(),
-    "another coordinator": lambda: Story().announced().give(Outdated(set="web", open_events=frozenset())),
+    "another coordinator": lambda: (
+        Story().announced().give(DocumentSuperseded(set="web", open_events=frozenset()))
+    ),
     "agent offline, and a finding": lambda: _without_agent(
         Story().started().reported().clock(synced=False)
     ).waits(),

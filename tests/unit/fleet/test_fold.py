@@ -17,8 +17,8 @@ from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.contract.topics import CHANNELS
 from caesura.fleet.fold import NOTHING, apply
+from caesura.fleet.retained_messages import TOMBSTONES_KEPT, Cleared, RetainedMessages, retained_channel
 from caesura.fleet.state import FleetState, LocatedVm
-from caesura.fleet.words import TOMBSTONES_KEPT, Cleared, Words, retained_channel
 from caesura.lifecycle.command_compatibility import COMMANDS, missing
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
@@ -347,7 +347,7 @@ def test_every_retained_message_is_kept_by_its_topic() -> None:
 
 
 def test_removed_topics_are_remembered_within_bounds_and_documents_always() -> None:
-    words = Words()
+    words = RetainedMessages()
     words.put(document("web", 9), 0.0)
     words.clear(m.SetDocument, {"set": "web"}, 0.0)
     for number in range(TOMBSTONES_KEPT + 5):

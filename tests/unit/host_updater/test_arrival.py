@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caesura_host_updater.operation.arrival import arrived, measured_s
+from caesura_host_updater.operation.arrival import arrived, figure_of, rehearsal_figure
 from caesura_host_updater.operation.pause_deadlines import PauseDeadlines
 from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause
 from caesura_vmcontrol.intent import Intent, UnreadableIntent
@@ -28,6 +29,7 @@ from caesura_vmcontrol.kernel_change import (
 )
 
 OLD, NEW = "6.1.0-8-amd64", "6.1.0-9-amd64"
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
 WALL = 1_800_000_000.0
 """CLOCK_REALTIME at 100 s of the former boot, which is when the first VM is asked to stop."""
 
@@ -78,7 +80,10 @@ def test_all_vms_go_on_and_the_pause_is_measured_over_the_boot() -> None:
         assert vm.resumed_at == pytest.approx(-5.0), "5 s before this boot's clock began"
         assert NEW in vm.detail
         assert "initramfs" in vm.detail
-    assert measured_s(op) == pytest.approx(15.0)
+    figure = figure_of(op, change("a", "b"), NOW)
+    assert figure is not None
+    assert (figure.to, figure.former, figure.rehearsal) == (NEW, OLD, False)
+    assert figure.seconds == pytest.approx(15.0)
 
 
 @given(st.floats(1.0, 1e7), st.floats(1.0, 1e7), st.floats(0.0, 300.0))
@@ -98,6 +103,7 @@ def test_the_old_kernel_that_came_back_is_a_failure_with_every_vm_running() -> N
     assert (op.end, op.codes) == ("failed", ("kernel_unexpected",))
     assert f"kernel {OLD} runs, not {NEW}" in op.failure
     assert "crash kernel" in op.failure
+    assert figure_of(op, change("a", release=OLD, by="crash-kernel"), NOW) is None
     assert op.vms[0].end == "running"
 
 
@@ -106,7 +112,7 @@ def test_a_lost_vm_is_named_and_the_others_run() -> None:
     assert (op.end, op.codes) == ("failed", ("memory_lost",))
     assert op.failure == "VM b: its RAM file is gone"
     assert [vm.end for vm in op.vms] == ["running", "gone"]
-    assert measured_s(op) is None
+    assert figure_of(op, change("a", lost="b"), NOW) is None
 
 
 def test_a_doubt_loads_nothing_and_names_every_vm() -> None:
@@ -154,3 +160,16 @@ def test_a_change_that_is_not_ours_is_refused(name: str, value: object) -> None:
         from_json(data)
     with pytest.raises(UnreadableIntent):
         Intent.from_json({**Intent("op", "b", 1.0, 2.0, ()).to_json(), "format": 2, "kernel_change": data})
+
+
+def test_a_rehearsal_is_a_measurement() -> None:
+    def intent(found: KernelChange) -> Intent:
+        return Intent("op", "boot-1", 1.0, 2.0, (), kernel_change=found)
+
+    figure = rehearsal_figure(intent(replace(change("rehearsal"), rehearsal=True)), NOW)
+    assert figure is not None
+    assert (figure.to, figure.rehearsal) == (NEW, True)
+    assert figure.seconds == pytest.approx(14.0), "from the instant at which the kernel was left"
+    assert rehearsal_figure(intent(change("a")), NOW) is None, "no rehearsal"
+    assert rehearsal_figure(intent(replace(change(), rehearsal=True)), NOW) is None, "nothing came up"
+    assert rehearsal_figure(intent(replace(change("x", release=OLD), rehearsal=True)), NOW) is None

@@ -61,7 +61,7 @@ class Fleet:
         raise DriverError(vm, "this must not keep the host from starting")
 
     async def start(self) -> Any:
-        return type("Held", (), {"operation": "op-1"})()
+        return type("Held", (), {"operation": "op-1", "kernel_change": None})()
 
     async def disarm(self, operation: str) -> None:
         self.asked.append(f"disarm {operation}")

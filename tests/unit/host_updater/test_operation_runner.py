@@ -341,7 +341,8 @@ class Scene:
             published=self._all_published,
         )
 
-    async def _all_published(self) -> None:
+    async def _all_published(self, timeout_s: float) -> None:
+        assert timeout_s < 1.0, "the VMs are paused meanwhile"
         self.published.append(len(self.facts))
 
     async def run(self) -> Operation:

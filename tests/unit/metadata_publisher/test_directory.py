@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from caesura.contract.messages import HostInventory, SetDocument, VmOwner, VmRecord
-from caesura.fleet.words import Cleared
+from caesura.fleet.retained_messages import Cleared
 from caesura_metadata_publisher.directory import Directory
 
 

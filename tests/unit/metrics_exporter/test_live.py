@@ -19,6 +19,8 @@ from caesura.lifecycle.proof import memory_proof
 from caesura_metrics_exporter.live.activity import log_entry
 from caesura_metrics_exporter.live.activity_log import LOG_KEPT, WRONG_KEPT
 from caesura_metrics_exporter.live.alarms import ALARMS_KEPT, ALARMS_SENT
+from caesura_metrics_exporter.live.page_json import Delta
+from caesura_metrics_exporter.live.page_state import KEPT_S, PAUSED_SENT, ROLLOUTS_KEPT, LivePageState
 from caesura_metrics_exporter.live.timeline_store import LANES_KEPT
 from caesura_metrics_exporter.live.timelines import (
     MARKS_IDLE,
@@ -28,8 +30,6 @@ from caesura_metrics_exporter.live.timelines import (
     SEGMENTS_KEPT,
     LaneView,
 )
-from caesura_metrics_exporter.live.view import KEPT_S, PAUSED_SENT, ROLLOUTS_KEPT, Live
-from caesura_metrics_exporter.live.views import Delta
 from caesura_testing.rollouts import wave_state, whole_rollout
 
 T0 = 1_790_000_000.0
@@ -50,7 +50,7 @@ class Story:
     """A live fold, and messages in few words. ``at`` is seconds after ``T0`` by the exporter's wall clock."""
 
     def __init__(self) -> None:
-        self.live = Live()
+        self.live = LivePageState()
         self.stepped = 0.0  # s that the wall clock was put ahead since T0
         self.waves: dict[int, m.WaveState] = {}
 

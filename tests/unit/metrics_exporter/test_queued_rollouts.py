@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 from caesura.contract.parts import WholeRollout
-from caesura_metrics_exporter.live.views import rollout_view
+from caesura_metrics_exporter.live.page_json import rollout_view
 from caesura_metrics_exporter.rollout_index import RolloutIndex
 from caesura_testing.rollouts import wave_state, whole_rollout
 

@@ -21,8 +21,8 @@ from caesura.contract.envelope import Header, Message
 from caesura.contract.parts import WholeRollout
 from caesura.contract.topics import channel_of
 from caesura_metrics_exporter.bus_fold import BusFold
-from caesura_metrics_exporter.live.view import Live
-from caesura_metrics_exporter.live.views import Delta
+from caesura_metrics_exporter.live.page_json import Delta
+from caesura_metrics_exporter.live.page_state import LivePageState
 from caesura_metrics_exporter.metrics.current_state import FleetMetricsView
 from caesura_metrics_exporter.metrics.fleet_families import fleet_families
 from caesura_metrics_exporter.rollout_index import ROLLOUTS_KEPT, RolloutIndex
@@ -42,7 +42,7 @@ class Exporter:
     def __init__(self) -> None:
         self.folded = BusFold()
         self.fleet = FleetMetricsView(self.folded)
-        self.live = Live(self.folded)
+        self.live = LivePageState(self.folded)
         self.now_s = 0.0
 
     def take(self, message: Message) -> None:

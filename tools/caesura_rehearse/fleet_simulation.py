@@ -43,8 +43,8 @@ from caesura_rehearse.orders import Order
 from caesura_rehearse.recording import Recording
 from caesura_rehearse.replay import Replay
 from caesura_rehearse.report import Report, judge_all
-from caesura_rehearse.rollouts import HOST, RolloutRunner
 from caesura_rehearse.set_documents import SetDocuments
+from caesura_rehearse.simulated_coordinator import HOST, SimulatedCoordinator
 from caesura_rehearse.slots import Slot
 from caesura_rehearse.targets import Target
 
@@ -53,7 +53,7 @@ _READY_S = 10.0  # s: for the publisher to take its documents off the bus; some 
 _GRACE_S = 5.0  # s between SIGTERM and SIGKILL of programs at the end of the rehearsal
 
 
-class Engine:
+class FleetSimulation:
     """A rehearsal under way; made by ``rehearsal``.
 
     Args:
@@ -84,7 +84,7 @@ class Engine:
         self._guards = Guards(folder)
         self._documents = SetDocuments(self._post)
         self._impact = Impact(self._guards, self.conditions, say)
-        self.rollouts = RolloutRunner(
+        self.rollouts = SimulatedCoordinator(
             self.slots,
             self.observations,
             self.conditions,
@@ -313,11 +313,13 @@ async def _cancel(task: asyncio.Task[None]) -> None:
 
 
 @asynccontextmanager
-async def rehearsal(folder: Path, say: Callable[[str], None], *, speed: float = 1.0) -> AsyncIterator[Engine]:
-    """An engine, open while the block runs; at its end nothing is left that it started."""
-    engine = Engine(folder, say, speed=speed)
+async def rehearsal(
+    folder: Path, say: Callable[[str], None], *, speed: float = 1.0
+) -> AsyncIterator[FleetSimulation]:
+    """A simulation, open while the block runs; at its end nothing is left that it started."""
+    simulation = FleetSimulation(folder, say, speed=speed)
     try:
-        await engine.open()
-        yield engine
+        await simulation.open()
+        yield simulation
     finally:
-        await shielded(engine.close())
+        await shielded(simulation.close())

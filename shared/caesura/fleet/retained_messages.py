@@ -43,7 +43,7 @@ class Cleared(msgspec.Struct, frozen=True):
     parameters: Mapping[str, str]
 
 
-class Word(msgspec.Struct, frozen=True):
+class RetainedMessage(msgspec.Struct, frozen=True):
     """The last message on a topic, or that it was removed (a tombstone)."""
 
     message: Message | None
@@ -63,11 +63,11 @@ def retained_channel(kind: type[Message]) -> Channel | None:
     return None
 
 
-class Words:
+class RetainedMessages:
     """The last message on every retained topic, by message type and the topic's parameters."""
 
     def __init__(self) -> None:
-        self._words: dict[type[Message], dict[Key, Word]] = {}
+        self._words: dict[type[Message], dict[Key, RetainedMessage]] = {}
         self._tombstones: dict[tuple[type[Message], Key], None] = {}
         """The tombstones that may be dropped, the oldest first."""
 
@@ -87,7 +87,7 @@ class Words:
             return "refused"
         same = before is not None and before.message == message
         incarnation = message.incarnation if isinstance(message, SetDocument) else 0
-        words[key] = Word(message, now_s, incarnation)
+        words[key] = RetainedMessage(message, now_s, incarnation)
         self._tombstones.pop((type(message), key), None)
         return "same" if same else "new"
 
@@ -99,7 +99,7 @@ class Words:
         key = tuple(parameters[name] for name in channel.parameters)
         words = self._words.setdefault(kind, {})
         before = words.get(key)
-        words[key] = Word(None, now_s, before.incarnation if before is not None else 0)
+        words[key] = RetainedMessage(None, now_s, before.incarnation if before is not None else 0)
         if kind is not SetDocument:
             self._tombstones.pop((kind, key), None)
             self._tombstones[kind, key] = None
@@ -128,7 +128,7 @@ class Words:
 class _Named(Mapping[str, M]):
     """Messages by the single parameter of their topics."""
 
-    def __init__(self, words: dict[Key, Word]) -> None:
+    def __init__(self, words: dict[Key, RetainedMessage]) -> None:
         self._words = words
 
     def __getitem__(self, name: str) -> M:
@@ -144,7 +144,7 @@ class _Named(Mapping[str, M]):
         return sum(word.message is not None for word in self._words.values())
 
 
-def _replaces(message: Message, before: Word, leader_epoch: int | None) -> bool:
+def _replaces(message: Message, before: RetainedMessage, leader_epoch: int | None) -> bool:
     known = before.message
     match message:
         case SetDocument():

@@ -14,7 +14,7 @@ from caesura_rehearse.faults import FaultQueue, RequestFaults, parse_fault
 from caesura_rehearse.members import SetMember, members_of
 from caesura_rehearse.observations import Observations
 from caesura_rehearse.orders import Order, OrderRefused
-from caesura_rehearse.rollouts import RolloutRunner, UnknownEvent
+from caesura_rehearse.simulated_coordinator import SimulatedCoordinator, UnknownEvent
 from caesura_rehearse.slots import Slot
 
 LONG_S = 3600.0
@@ -90,7 +90,7 @@ class Stage:
         self.documents = Documents()
         self.impact = Impact(self.conditions)
         self.faults = FaultQueue()
-        self.rollouts = RolloutRunner(
+        self.rollouts = SimulatedCoordinator(
             self.slots, self.seen, self.conditions, self.documents, self.impact, self.faults, lambda _: None  # type: ignore[arg-type]
         )  # fmt: skip
 

@@ -18,19 +18,19 @@ from caesura_metrics_exporter.bus_fold import BusFold, FoldResult
 from caesura_metrics_exporter.live.activity import LogEntry, log_entry
 from caesura_metrics_exporter.live.alarms import ALARMS_SENT
 from caesura_metrics_exporter.live.board import KEPT_S, Board
+from caesura_metrics_exporter.live.page_json import Delta, FleetSummary, rollout_view
 from caesura_metrics_exporter.live.pause_timelines import PauseLanes
 from caesura_metrics_exporter.live.places import Places
 from caesura_metrics_exporter.live.rollout_timelines import RolloutLanes
-from caesura_metrics_exporter.live.views import Delta, FleetSummary, rollout_view
 from caesura_metrics_exporter.rollout_index import OVER, ROLLOUTS_KEPT
 
-__all__ = ["KEPT_S", "PAUSED_SENT", "ROLLOUTS_KEPT", "Live"]
+__all__ = ["KEPT_S", "PAUSED_SENT", "ROLLOUTS_KEPT", "LivePageState"]
 
 PAUSED_SENT = 200  # a wave may pause more; the rest is a number
 _GONE = "gone while it was paused"
 
 
-class Live:
+class LivePageState:
     """See the module.
 
     Args:

@@ -11,15 +11,15 @@ from msgspec import Meta
 from caesura.runtime.errors import CaesuraError, ConfigError
 from caesura.runtime.threads import in_thread
 from caesura_rehearse.durations import seconds_in
-from caesura_rehearse.engine import Engine
 from caesura_rehearse.expectations import parse_expectation
 from caesura_rehearse.faults import parse_fault
+from caesura_rehearse.fleet_simulation import FleetSimulation
 from caesura_rehearse.observations import EventRecord, RolloutRecord, ScenarioRecord
 from caesura_rehearse.orders import Order, order_from
 from caesura_rehearse.report import judge_all, text_lines
-from caesura_rehearse.rollouts import UnknownEvent
 from caesura_rehearse.scenario_player import ScenarioPlayer
 from caesura_rehearse.scenario_reader import read_scenario
+from caesura_rehearse.simulated_coordinator import UnknownEvent
 from caesura_rehearse.speed import MOST_SPEED
 
 _PATIENCE_S = 15.0  # s: what a step may take longer than its own time, on a busy machine
@@ -85,11 +85,11 @@ class FaultArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fault: str
 
 
-class Desk:
+class CallDispatcher:
     """The calls that need no program; each has a method of its name."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, simulation: FleetSimulation) -> None:
+        self._simulation = simulation
 
     async def call(self, name: str, arguments: Mapping[str, Any]) -> Any:
         """Carry out one call; what it returns can be written as JSON.
@@ -107,11 +107,13 @@ class Desk:
     async def _call(self, name: str, arguments: Mapping[str, Any]) -> Any:
         match name:
             case "order":
-                return await self._engine.rollouts.order(_order_in(arguments))
+                return await self._simulation.rollouts.order(_order_in(arguments))
             case "cancel":
-                return await self._engine.rollouts.cancel(msgspec.convert(arguments, EventArguments).event_id)
+                return await self._simulation.rollouts.cancel(
+                    msgspec.convert(arguments, EventArguments).event_id
+                )
             case "approve":
-                return await self._engine.rollouts.approve(
+                return await self._simulation.rollouts.approve(
                     msgspec.convert(arguments, EventArguments).event_id
                 )
             case "wait":
@@ -119,22 +121,24 @@ class Desk:
             case "expect":
                 return await self._expect(msgspec.convert(arguments, ExpectArguments))
             case "fault":
-                return self._engine.add_fault(parse_fault(msgspec.convert(arguments, FaultArguments).fault))
+                return self._simulation.add_fault(
+                    parse_fault(msgspec.convert(arguments, FaultArguments).fault)
+                )
             case "no_faults":
-                return self._engine.clear_faults()
+                return self._simulation.clear_faults()
             case "state":
-                return self._engine.report()
+                return self._simulation.report()
             case "text":
-                return "\n".join(text_lines(self._engine.report()))
+                return "\n".join(text_lines(self._simulation.report()))
         return await self._call_rollouts(name, arguments)
 
     async def _call_rollouts(self, name: str, arguments: Mapping[str, Any]) -> Any:
         match name:
             case "roll":
-                return await self._engine.rollouts.roll(_order_in(arguments))
+                return await self._simulation.rollouts.roll(_order_in(arguments))
             case "cancel_rollout":
                 given = msgspec.convert(arguments, RolloutArguments)
-                return await self._engine.rollouts.cancel_rollout(given.rollout_id)
+                return await self._simulation.rollouts.cancel_rollout(given.rollout_id)
             case "wait_rollout":
                 return await self._wait_rollout(msgspec.convert(arguments, RolloutArguments))
             case "play":
@@ -142,30 +146,30 @@ class Desk:
         raise BadCall(f"there is no call {name!r}")
 
     async def _wait_rollout(self, arguments: RolloutArguments) -> RolloutRecord:
-        record = self._engine.rollouts.find(arguments.rollout_id)
+        record = self._simulation.rollouts.find(arguments.rollout_id)
         timeout_s = None if arguments.timeout is None else seconds_in(arguments.timeout)
-        if not await self._engine.until(lambda: record.ended is not None, timeout_s):
+        if not await self._simulation.until(lambda: record.ended is not None, timeout_s):
             raise StepMissed(
                 f"{record.waves_begun} of {len(record.waves)} update domains were begun "
-                f"{self._engine.now - record.began:.1f} s after the rollout"
+                f"{self._simulation.now - record.began:.1f} s after the rollout"
             )
         if record.outcome == "failed":
             raise StepMissed(f"the rollout halted: {record.why}")
         return record
 
     async def _play(self, arguments: PlayArguments) -> ScenarioRecord:
-        engine = self._engine
+        simulation = self._simulation
         scenario = await in_thread("scenario", lambda: read_scenario(arguments.scenario))
-        scenario.check_members(list(engine.slots.values()))
-        before, earlier = engine.rollouts.speed, len(engine.events)
-        engine.rollouts.speed = arguments.speed
+        scenario.check_members(list(simulation.slots.values()))
+        before, earlier = simulation.rollouts.speed, len(simulation.events)
+        simulation.rollouts.speed = arguments.speed
         try:
-            player = ScenarioPlayer(engine, scenario)
+            player = ScenarioPlayer(simulation, scenario)
             await player.play()
         finally:
-            engine.rollouts.speed = before
+            simulation.rollouts.speed = before
         verdicts = judge_all(
-            engine.events[earlier:], [], [], scenario.expectations, player.record, list(engine.slots)
+            simulation.events[earlier:], [], [], scenario.expectations, player.record, list(simulation.slots)
         )
         failed = [f"{each.what}: {each.detail}" for each in verdicts if not each.held]
         if failed:
@@ -173,32 +177,32 @@ class Desk:
         return player.record
 
     async def _wait(self, arguments: WaitArguments) -> EventRecord:
-        record = self._engine.observations.events.get(arguments.event_id.lower())
+        record = self._simulation.observations.events.get(arguments.event_id.lower())
         if record is None:
             raise UnknownEvent(f"there is no event {arguments.event_id}")
-        usual_s = record.not_before + record.impact_s + _PATIENCE_S - self._engine.now
+        usual_s = record.not_before + record.impact_s + _PATIENCE_S - self._simulation.now
         timeout_s = usual_s if arguments.timeout is None else seconds_in(arguments.timeout)
 
         def reached() -> bool:
             return instant_of(record, arguments.step) is not None
 
-        await self._engine.until(lambda: reached() or bool(record.outcome), max(timeout_s, 0.0))
+        await self._simulation.until(lambda: reached() or bool(record.outcome), max(timeout_s, 0.0))
         if record.outcome == "failed":
             raise StepMissed(f"the {record.event} failed: {record.why}")
         if not reached():
-            raise StepMissed(missed(record, arguments.step, self._engine.now))
+            raise StepMissed(missed(record, arguments.step, self._simulation.now))
         return record
 
     async def _expect(self, arguments: ExpectArguments) -> None:
         expectations = [parse_expectation(each) for each in arguments.expectations]
-        records = self._engine.events
+        records = self._simulation.events
         usual_s = max((each.not_before + each.impact_s for each in records), default=0.0) + _PATIENCE_S
-        rollouts = list(self._engine.observations.rollouts.values())
-        await self._engine.until(lambda: all(each.ended is not None for each in rollouts), None)
-        await self._engine.until(
-            lambda: all(each.outcome for each in records), max(usual_s - self._engine.now, 0.0)
+        rollouts = list(self._simulation.observations.rollouts.values())
+        await self._simulation.until(lambda: all(each.ended is not None for each in rollouts), None)
+        await self._simulation.until(
+            lambda: all(each.outcome for each in records), max(usual_s - self._simulation.now, 0.0)
         )
-        failed = [each for each in self._engine.report(expectations).verdicts if not each.held]
+        failed = [each for each in self._simulation.report(expectations).verdicts if not each.held]
         if failed:
             raise StepMissed("; ".join(f"{each.what}: {each.detail}" for each in failed))
 

@@ -1,4 +1,4 @@
-"""The calls that start and watch programs beside those of ``Desk``: for a test suite that brings its own."""
+"""The calls that start and watch programs beside those of ``CallDispatcher``: for a test suite that brings its own."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from msgspec import Meta
 
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.process.freezers import Freezer, choose_freezer
-from caesura_rehearse.desk import BadCall, Desk, StepMissed
+from caesura_rehearse.call_dispatcher import BadCall, CallDispatcher, StepMissed
 from caesura_rehearse.durations import seconds_in
-from caesura_rehearse.engine import Engine
+from caesura_rehearse.fleet_simulation import FleetSimulation
 from caesura_rehearse.members import MOST_VMS, members_of
 from caesura_rehearse.placeholders import arguments_of
 from caesura_rehearse.ports import ports_for
@@ -58,17 +58,17 @@ class VmArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vm: str = VM
 
 
-class ProgramDesk(Desk):
+class ProgramCallDispatcher(CallDispatcher):
     """The calls that start and watch programs, too.
 
     Args:
-        engine: with the first VM already added; ``run`` adds the others.
+        simulation: with the first VM already added; ``run`` adds the others.
         folder: for the output of its programs.
         freezer: how they are paused.
     """
 
-    def __init__(self, engine: Engine, folder: Path, freezer: Freezer) -> None:
-        super().__init__(engine)
+    def __init__(self, simulation: FleetSimulation, folder: Path, freezer: Freezer) -> None:
+        super().__init__(simulation)
         self._folder = folder
         self._freezer = freezer
 
@@ -94,7 +94,7 @@ class ProgramDesk(Desk):
         await self._end_all()
         started = []
         for member, port, argv in zip(members, ports, words, strict=True):
-            slot = self._engine.slots.get(member.vm) or await self._engine.add_vm(
+            slot = self._simulation.slots.get(member.vm) or await self._simulation.add_vm(
                 member.vm, member.set, member.update_domain
             )
             slot.port = port
@@ -102,7 +102,7 @@ class ProgramDesk(Desk):
         return started
 
     async def _end_all(self) -> None:
-        for slot in self._engine.slots.values():
+        for slot in self._simulation.slots.values():
             if slot.target is not None:
                 slot.ending = True
                 await slot.target.close(0.0)
@@ -121,14 +121,14 @@ class ProgramDesk(Desk):
             cwd=Path(arguments.cwd),
             output=output,
         )
-        await self._engine.attach(slot, program)
+        await self._simulation.attach(slot, program)
         return {"vm": slot.vm, "pid": program.pid, "output": str(output), "port": slot.port, "url": slot.url}
 
     def _output_of(self, vm: str) -> Path:
         return self._folder / f"{vm}.output"
 
     def _program(self, vm: str) -> Program:
-        slot = self._engine.slots.get(vm)
+        slot = self._simulation.slots.get(vm)
         if slot is None or not isinstance(slot.target, Program):
             raise BadCall("no program was started: call run first")
         return slot.target
@@ -147,7 +147,7 @@ class ProgramDesk(Desk):
 
     async def _wait_exit(self, arguments: ExitArguments) -> int | None:
         program, timeout_s = self._program(arguments.vm), seconds_in(arguments.timeout)
-        if not await self._engine.until(program.ended.is_set, timeout_s):
+        if not await self._simulation.until(program.ended.is_set, timeout_s):
             raise StepMissed(f"{program.what} did not end within {timeout_s:g} s")
         return program.exit_code
 

@@ -83,7 +83,7 @@ class _Course(msgspec.Struct, kw_only=True):
         return self.order.approval_starts and all(each.approved is not None for each in self.records)
 
 
-class RolloutRunner:
+class SimulatedCoordinator:
     """Carries out the orders of a rehearsal.
 
     Args:

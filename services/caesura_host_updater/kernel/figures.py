@@ -1,0 +1,42 @@
+"""How long changes of this host's kernel took: a small file beside the journal, for it must outlive what it measures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from caesura.contract.messages import KernelFigure
+
+FILE = "kexec-figures.json"
+_MOST = 32  # as many as an inventory holds
+
+
+def newest_of_each(figures: Iterable[KernelFigure]) -> tuple[KernelFigure, ...]:
+    """One for each kernel, the newest measurement; the newest kernels where there are too many."""
+    newest: dict[str, KernelFigure] = {}
+    for each in sorted(figures, key=lambda each: each.at):
+        newest[each.to] = each
+    return tuple(sorted(newest.values(), key=lambda each: each.at)[-_MOST:])
+
+
+def read_figures(folder: Path) -> tuple[KernelFigure, ...]:
+    """What was measured; nothing, where the file is missing or is not ours: then nothing is planned. Blocking."""
+    try:
+        return msgspec.json.decode((folder / FILE).read_bytes(), type=tuple[KernelFigure, ...])
+    except (OSError, msgspec.DecodeError):
+        return ()
+
+
+def add_figure(folder: Path, figure: KernelFigure) -> tuple[KernelFigure, ...]:
+    """Keep a measurement; all of them now. Blocking. Raises OSError."""
+    figures = newest_of_each((*read_figures(folder), figure))
+    part = folder / f"{FILE}.new"
+    with part.open("wb") as file:
+        file.write(msgspec.json.encode(figures))
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(folder / FILE)
+    return figures

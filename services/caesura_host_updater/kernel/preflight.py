@@ -1,0 +1,136 @@
+"""Whether another kernel can be started under the host's guests: each obstacle by name, with its remedy. Pure.
+
+Between the jump and the new kernel nothing of Caesura runs, so what cannot be known to be right is refused before anything pauses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import msgspec
+
+from caesura.contract.messages import KernelFigure
+from caesura.lifecycle.loaded_kernel import LoadedKernel, carve_outs
+from caesura_host_updater.inventory.kernel_options import KernelOptions
+
+RESERVE = 1.5
+"""A measured pause times this must fit the budget; the coordinator's plan has the same rule."""
+CHECK = "`caesura host prepare-kexec --check` says what is missing"
+_VOLATILE = frozenset(("tmpfs", "ramfs", "overlay", "squashfs"))
+"""File systems that do not outlive a kernel, or may not."""
+CAP_SYS_BOOT = 22
+"""linux/capability.h"""
+
+
+class Mount(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of ``/proc/mounts``."""
+
+    device: str
+    place: str
+    kind: str
+    options: tuple[str, ...]
+
+
+class KernelFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """The host as it was found."""
+
+    boot_id: str
+    release: str
+    command_line: str
+    kexec_loaded: str
+    """The content of ``/sys/kernel/kexec_loaded``; empty where this kernel has none."""
+    loaded: LoadedKernel | None
+    mounts: tuple[Mount, ...]
+    state_dir: str
+    guard_capabilities: int | None
+    """The guard's effective ones; None: it cannot be seen."""
+    services: tuple[str, ...]
+    """Those of Caesura's own programs and of brokers that run on this host."""
+    broker_here: str = ""
+    """The broker's address, where that is this host's."""
+
+
+def mounts_in(text: str) -> tuple[Mount, ...]:
+    """The lines of ``/proc/mounts``, in order; spaces in names are ``\\\\040`` there."""
+    found = []
+    for line in text.splitlines():
+        words = [
+            word.replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\")
+            for word in line.split(" ")
+        ]
+        if len(words) >= 4:
+            found.append(
+                Mount(device=words[0], place=words[1], kind=words[2], options=tuple(words[3].split(",")))
+            )
+    return tuple(found)
+
+
+def mount_of(mounts: Iterable[Mount], path: str) -> Mount | None:
+    """The mount that holds an absolute path: the longest place, and of equal ones the last."""
+    best: Mount | None = None
+    for each in mounts:
+        inside = each.place in (path, "/") or path.startswith(f"{each.place}/")
+        if inside and (best is None or len(each.place) >= len(best.place)):
+            best = each
+    return best
+
+
+def obstacles(facts: KernelFacts, options: KernelOptions) -> Iterator[str]:
+    """What is in the way whatever the kernel."""
+    if not carve_outs(facts.command_line):
+        yield f"the running kernel keeps no carve-out (memmap=SIZE!START on its command line): {CHECK}"
+    yield from _of_carve_out(facts, options)
+    state = mount_of(facts.mounts, facts.state_dir)
+    if state is None or state.kind in _VOLATILE:
+        kind = state.kind if state is not None else "no mount"
+        yield f"the state folder {facts.state_dir} ({kind}) does not outlive a kernel: put CAESURA_HOST_UPDATER_STATE_DIR on a disk"
+    if facts.guard_capabilities is None:
+        yield "the pause guard, which leaves the kernel, cannot be seen: is caesura-pause-guard.service up?"
+    elif not facts.guard_capabilities >> CAP_SYS_BOOT & 1:
+        yield f"the pause guard may not leave the kernel (CAP_SYS_BOOT): {CHECK}"
+    if facts.services:
+        yield (
+            f"{', '.join(facts.services)} on this host would be away in the pause of its VMs: a host that starts another kernel "
+            "under its VMs runs no broker, coordinator, publisher or exporter of the fleet"
+        )
+    elif facts.broker_here:
+        yield f"the broker {facts.broker_here} is on this host, and would be away in the pause of its VMs: use one on another host"
+
+
+def _of_carve_out(facts: KernelFacts, options: KernelOptions) -> Iterator[str]:
+    there = next((each for each in reversed(facts.mounts) if each.place == options.carve_out), None)
+    if there is None:
+        yield f"nothing is mounted at the carve-out {options.carve_out}: {CHECK}"
+    elif not there.device.startswith(("/dev/pmem", "/dev/dax")):
+        yield f"{options.carve_out} is on {there.device}, which is not persistent memory: {CHECK}"
+    elif "dax=always" not in there.options:
+        # Without it pages are in the page cache, which ends with this kernel.
+        yield f"{options.carve_out} is mounted without dax=always: guests' memory would be in the page cache; {CHECK}"
+
+
+def loaded_error(facts: KernelFacts, options: KernelOptions, release: str) -> str:
+    """Why the kernel that is loaded is not the one to start; empty: it is."""
+    how = f"end the update's argv with `caesura host load-kernel {release}`"
+    if facts.kexec_loaded != "1":
+        return f"no kernel is loaded (/sys/kernel/kexec_loaded is {facts.kexec_loaded or 'missing'}): {how}"
+    loaded = facts.loaded
+    if loaded is None or loaded.boot_id != facts.boot_id:
+        return f"a kernel is loaded, and nothing says which: {how}"
+    if loaded.release != release:
+        return f"kernel {loaded.release} is loaded, and the update starts {release}: {how}"
+    missing = [each for each in carve_outs(facts.command_line) if each not in carve_outs(loaded.command_line)]
+    if missing:
+        return f"the loaded kernel's command line lacks memmap={','.join(missing)}: it would use its guests' memory; {how}"
+    if options.early and not loaded.hook_version:
+        return f"{loaded.initrd} has not the hook that resumes guests: {CHECK}"
+    return ""
+
+
+def figure_error(figures: Iterable[KernelFigure], release: str, budget_s: float) -> str:
+    """Why what was measured does not allow the jump within the budget; empty: it does."""
+    newest = max((each for each in figures if each.to == release), key=lambda each: each.at, default=None)
+    if newest is None:
+        return f"nothing was measured for kernel {release}: `caesura host rehearse-kexec {release}` while the host holds no VM"
+    if newest.seconds * RESERVE > budget_s:
+        return f"kernel {release} took {newest.seconds:.1f} s on {newest.at:%Y-%m-%d}: half as much again does not fit {budget_s:g} s"
+    return ""

@@ -1,0 +1,330 @@
+"""A host in emulation whose kernel can be replaced: started, read and commanded from outside.
+
+Four serial lines: the console, a root shell, and one for each of two guests. Every line that comes out of them is kept with the
+instant at which it was read here, which is the only clock that no kernel change touches.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from caesura_testing.kexec_image import CARVE_OUT, Image
+
+CONSOLE, SHELL, FIRST, SECOND = range(4)
+PATIENCE_S = 900.0
+"""s: for anything that a host does. Emulated twice on a busy machine a boot takes minutes."""
+_BOOT = (
+    "root=/dev/vda ro console=ttyS0,115200 loglevel=6 systemd.show_status=0 net.ifnames=0 mitigations=off panic=5"
+    " tsc=reliable random.trust_cpu=on systemd.mask=dev-hugepages.mount systemd.mask=sys-kernel-debug.mount"
+)
+
+
+class HostEnded(AssertionError):
+    """The emulator is gone."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a serial line. ``at``: seconds, CLOCK_MONOTONIC of this machine."""
+
+    at: float
+    text: str
+
+
+class KexecHost:
+    """One host.
+
+    Args:
+        name: of the host.
+        image: what it runs.
+        folder: for its disk, sockets and logs; short, for sockets' paths are.
+        memory_mib: of the host.
+    """
+
+    def __init__(self, name: str, image: Image, folder: Path, *, memory_mib: int = 1536) -> None:
+        self.name = name
+        self.image = image
+        self._folder = folder
+        self._memory_mib = memory_mib
+        self._lines: list[list[Line]] = [[], [], [], []]
+        self._changed = threading.Condition()
+        self._number = 0
+        self._commands = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._sockets: list[socket.socket] = []
+
+    def start(self, *, more: str = "", carve_out: bool = True) -> None:
+        """Begin to boot the old kernel, which any reset boots again."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        disk = self._folder / "disk.qcow2"
+        if not disk.exists():
+            argv = (
+                "qemu-img",
+                "create",
+                "-q",
+                "-f",
+                "qcow2",
+                "-F",
+                "raw",
+                "-b",
+                str(self.image.disk),
+                str(disk),
+            )
+            subprocess.run(argv, check=True, timeout=60)
+        words = f"{_BOOT} {f'memmap={CARVE_OUT}' if carve_out else ''} {more}"
+        command = [
+            *(
+                "nice",
+                "-n",
+                "10",
+                "qemu-system-x86_64",
+                "-name",
+                self.name,
+                "-nodefaults",
+                "-no-user-config",
+                "-display",
+                "none",
+            ),
+            *(
+                "-machine",
+                "q35",
+                "-cpu",
+                "max",
+                "-accel",
+                "tcg,thread=multi",
+                "-smp",
+                "2",
+                "-m",
+                str(self._memory_mib),
+            ),
+            *("-kernel", str(self.image.boot / f"vmlinuz-{self.image.old}")),
+            *("-initrd", str(self.image.boot / f"initrd.img-{self.image.old}"), "-append", words),
+            *("-drive", f"file={disk},format=qcow2,if=virtio,cache=writeback", "-rtc", "base=utc,clock=host"),
+            *("-netdev", "user,id=n0", "-device", "virtio-net-pci,netdev=n0", "-device", "virtio-rng-pci"),
+            *("-qmp", f"unix:{self._folder}/qmp,server=on,wait=off"),
+        ]
+        for line in range(4):
+            command += [
+                "-chardev",
+                f"socket,id=c{line},path={self._folder}/s{line},server=on,wait=on",
+                "-serial",
+                f"chardev:c{line}",
+            ]
+        log = (self._folder / "qemu.log").open("wb")
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+        )
+        log.close()
+        # In their order: the emulator waits for each in turn.
+        self._sockets = [self._connect(line) for line in range(4)]
+        for line, connection in enumerate(self._sockets):
+            threading.Thread(target=self._read, args=(line, connection), daemon=True).start()
+
+    def _connect(self, line: int) -> socket.socket:
+        end = time.monotonic() + 60
+        while True:
+            connection = socket.socket(socket.AF_UNIX)
+            try:
+                connection.connect(f"{self._folder}/s{line}")
+            except OSError as error:
+                connection.close()
+                if self._process is None or self._process.poll() is not None or time.monotonic() > end:
+                    raise HostEnded((self._folder / "qemu.log").read_text()) from error
+                time.sleep(0.02)
+            else:
+                return connection
+
+    def _read(self, line: int, connection: socket.socket) -> None:
+        waiting = b""
+        with (self._folder / f"s{line}.log").open("ab", buffering=0) as log:
+            while True:
+                try:
+                    data = connection.recv(65536)
+                except OSError:
+                    data = b""
+                at = time.monotonic()
+                waiting += data
+                *whole, waiting = waiting.split(b"\n")
+                for text in whole:
+                    log.write(f"{at:.3f} ".encode() + text.rstrip(b"\r") + b"\n")
+                with self._changed:
+                    self._lines[line] += [
+                        Line(at, text.rstrip(b"\r").decode(errors="replace")) for text in whole
+                    ]
+                    if not data:
+                        self._sockets = []
+                    self._changed.notify_all()
+                if not data:
+                    return
+
+    def lines(self, line: int, since: float = 0.0) -> list[Line]:
+        """What came out of a serial line at or after an instant."""
+        with self._changed:
+            return [each for each in self._lines[line] if each.at >= since]
+
+    def wait_for(
+        self, line: int, pattern: str, *, since: float = 0.0, patience_s: float = PATIENCE_S
+    ) -> Line:
+        """The first line at or after an instant that the pattern is found in.
+
+        Raises:
+            HostEnded: the emulator ended.
+            TimeoutError: with the last lines of the console.
+        """
+        wanted = re.compile(pattern)
+        end = time.monotonic() + patience_s
+        looked = 0
+        with self._changed:
+            while True:
+                known = self._lines[line]
+                for each in known[looked:]:
+                    if each.at >= since and wanted.search(each.text):
+                        return each
+                looked = len(known)
+                if not self._sockets:
+                    raise HostEnded(self._tail(line))
+                if (left := end - time.monotonic()) <= 0:
+                    raise TimeoutError(
+                        f"{self.name}: no {pattern!r} on line {line} in {patience_s} s\n{self._tail(line)}"
+                    )
+                self._changed.wait(min(left, 5))
+
+    def _tail(self, line: int) -> str:
+        return "\n".join(
+            f"{each.at:.2f} {each.text}" for each in [*self._lines[CONSOLE][-30:], *self._lines[line][-10:]]
+        )
+
+    def wait_shell(self, *, since: float = 0.0) -> str:
+        """Wait for the root shell of a boot; the boot id."""
+        return self.wait_for(SHELL, r"^@@ready .*@@", since=since).text.split()[1].strip("@")
+
+    def run(self, script: str, *, patience_s: float = PATIENCE_S, check: bool = True) -> str:
+        """Run a shell script as root; what it printed, both ways.
+
+        Raises:
+            AssertionError: it failed, and ``check``.
+        """
+        with self._commands:
+            self._number += 1
+            begun = time.monotonic()
+            self._send(f"{self._number} {base64.b64encode(script.encode()).decode()}\n")
+            ended = self.wait_for(SHELL, rf"^@@end {self._number} \d+@@", since=begun, patience_s=patience_s)
+            found = [each.text for each in self.lines(SHELL, begun) if each.at <= ended.at]
+        first = next(index for index, text in enumerate(found) if text == f"@@begin {self._number}@@")
+        last = found.index(ended.text)
+        text = "\n".join(found[first + 1 : last])
+        code = int(ended.text.split()[2].rstrip("@"))
+        assert not check or code == 0, f"{script}: ended with {code}:\n{text}"
+        return text
+
+    def begin(self, script: str) -> float:
+        """Send a script whose end is not awaited, since the kernel may change in it; the instant before."""
+        with self._commands:
+            self._number += 1
+            begun = time.monotonic()
+            self._send(f"{self._number} {base64.b64encode(script.encode()).decode()}\n")
+            return begun
+
+    def _send(self, text: str) -> None:
+        # A serial line has a small buffer, and no flow control that a shell would notice.
+        data = text.encode()
+        for begin in range(0, len(data), 512):
+            self._sockets[SHELL].sendall(data[begin : begin + 512])
+
+    def put(self, path: str, text: str, *, mode: str = "644") -> None:
+        """Write a file."""
+        self.run(
+            f"mkdir -p $(dirname {path}); cat >{path} <<'END-OF-FILE'\n{text}\nEND-OF-FILE\nchmod {mode} {path}"
+        )
+
+    def json(self, script: str) -> Any:
+        """What a command of the host prints as JSON."""
+        return json.loads(self.run(script))
+
+    def qmp(self, command: str) -> None:
+        """A command for the emulator, such as ``system_reset``."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(f"{self._folder}/qmp")
+            stream = connection.makefile("rwb")
+            stream.readline()
+            for each in ("qmp_capabilities", command):
+                stream.write(json.dumps({"execute": each}).encode() + b"\n")
+                stream.flush()
+                while "return" not in json.loads(stream.readline()):
+                    pass
+
+    def stop(self) -> None:
+        """End the emulator."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with suppress(ProcessLookupError):
+            process.send_signal(signal.SIGKILL)
+        process.wait(60)
+        for connection in self._sockets:
+            connection.close()
+
+
+@contextmanager
+def running(*hosts: KexecHost, **how: Any) -> Iterator[None]:
+    """Start them, and end them whatever happens."""
+    try:
+        for each in hosts:
+            each.start(**how)
+        yield
+    finally:
+        for each in hosts:
+            each.stop()
+
+
+@dataclass(frozen=True)
+class Beat:
+    """One line of a guest: see ``kexec_inside/guest-init``."""
+
+    at: float
+    number: int
+    up_s: float
+    boot: str
+
+
+def beats(lines: list[Line]) -> list[Beat]:
+    """The beats among a guest's lines, in their order."""
+    found = (re.search(r"\bbeat (\d+) ([\d.]+) ([0-9a-f-]{36}) \d+$", each.text) for each in lines)
+    return [
+        Beat(each.at, int(m[1]), float(m[2]), m[3])
+        for each, m in zip(lines, found, strict=True)
+        if m is not None
+    ]
+
+
+def longest_silence(found: list[Beat]) -> tuple[Beat, Beat]:
+    """The two beats in a row with the most time between them."""
+    return max(pairwise(found), key=lambda pair: pair[1].at - pair[0].at)
+
+
+def until(
+    condition: Callable[[], bool], what: str, *, patience_s: float = PATIENCE_S, every_s: float = 1.0
+) -> None:
+    """Wait for a condition.
+
+    Raises:
+        TimeoutError: with ``what``.
+    """
+    end = time.monotonic() + patience_s
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(what)
+        time.sleep(every_s)

@@ -32,7 +32,6 @@ async def test_another_boot_has_the_guest(rig: Any, tools: Any, monkeypatch: pyt
     real = driver_module.QemuDriver
     monkeypatch.setattr(kexec_obstacles, "dax_error", lambda _: "")
     monkeypatch.setattr(arrival, "carve_out_error", lambda _: "")
-    monkeypatch.setattr("conftest.QemuDriver", lambda *a, **k: real(*a, **k, kernel=kernel), raising=False)
     monkeypatch.setitem(
         rig.build.__func__.__globals__, "QemuDriver", lambda *a, **k: real(*a, **k, kernel=kernel)
     )
@@ -50,8 +49,8 @@ async def test_another_boot_has_the_guest(rig: Any, tools: Any, monkeypatch: pyt
         Intent("op-1", procfs.boot_id(), 0.0, 1.0, (plan,), kernel_change=change)
     )
     await rig.crash()
-    next_boot = Path(rig.folder / "boot")
-    next_boot.write_text("bbbbbbbb-0000-4000-8000-000000000002")
+    next_boot: Path = rig.folder / "boot"
+    next_boot.write_text("bbbbbbbb-0000-4000-8000-000000000002")  # noqa: ASYNC240
     monkeypatch.setattr(procfs, "BOOT_ID", str(next_boot))
     assert arrival.arrive(str(state_dir), "initramfs", lambda *_, **__: None) == 0
     driver = await rig.open({"a": SMALL}, ram_dir=f"{carve_out}/ram")

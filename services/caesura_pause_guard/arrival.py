@@ -104,6 +104,10 @@ def examine(intent: Intent, folder: str, by: By, log: Log) -> Arrival:
         there = arrival.vms.get(plan.vm)
         if isinstance(plan, ReplacePlan) and (there is None or there.end == "undecided"):
             _admit(plan, arrival, wrong, log)
+            try:
+                _make_folders(plan)
+            except OSError as error:
+                log("arrival.no_folder_for_sockets", vm=plan.vm, why=str(error))
     return arrival
 
 
@@ -225,7 +229,6 @@ def _load(plan: ReplacePlan, arrival: Arrival, log: Log) -> None:
     until = time.monotonic() + _LOAD_S
     found = VmArrival("undecided", why="nothing was tried")
     try:
-        _make_folders(plan)
         while found.end == "undecided":
             found = _try(plan)
             if found.end == "undecided" and (

@@ -384,9 +384,11 @@ def test_the_ordinary_guard_arrives_where_nobody_did(host: Host) -> None:
 
         wait(recorded, "the arrival to be recorded")
         assert host.arrival.by == "guard"
-    finally:
         guard.terminate()
-        _, said = guard.communicate()
+        _, said = guard.communicate(timeout=patient(PATIENCE_S))
+    finally:
+        guard.kill()  # with a guest that it cannot resume it never ends by itself
+        guard.wait()
     events = [json.loads(line)["event"] for line in said.splitlines()]
     assert "guard.intent_of_a_left_kernel" in events
     assert host.runs()

@@ -3,7 +3,7 @@
 
 export UV_PYTHON_DOWNLOADS=never UV_NO_PROGRESS=1 PIP_ROOT_USER_ACTION=ignore
 
-# Where Python may keep no bytecode, each of a hundred processes compiles every module that it imports: half of its start.
+# Where Python may keep no bytecode, each of a hundred processes compiles every module that it imports: a third to a half of its start.
 unset PYTHONDONTWRITEBYTECODE
 
 say() { printf '%s\n' "$*" >&2; }

@@ -8,19 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from caesura.contract.messages import HostKernel, KernelFigure, Policy, Refusal, UpdateRecord
+from caesura.contract.messages import Policy, Refusal, UpdateRecord
+from caesura.lifecycle.kernel_figures import budget_error, newest_figure
 from caesura_coordinator.fleet_lookup import FleetLookup
 
-RESERVE = 1.5
-"""A measured pause times this must fit the budget."""
 RETURN_S = 600.0
 """s: the most that a plan allows for a host's user space to start after its VMs run again, before the host counts as lost."""
-
-
-def figure_of(kernel: HostKernel | None, release: str) -> KernelFigure | None:
-    """The newest measurement of a change to this kernel on that host."""
-    found = [each for each in (kernel.figures if kernel is not None else ()) if each.to == release]
-    return max(found, key=lambda each: each.at, default=None)
 
 
 def kernel_refusals(
@@ -38,24 +31,21 @@ def kernel_refusals(
             continue
         for problem in kernel.problems:
             yield Refusal(subject=host, code="kernel_not_ready", reason=problem)
-        figure = figure_of(kernel, release)
+        figure = newest_figure(kernel.figures, release)
         if figure is None:
             why = (
                 f"nothing was measured for kernel {release}: `caesura host rehearse-kexec {release}` there, while it holds no VM, "
                 "says how long its VMs would be paused"
             )
             yield Refusal(subject=host, code="kernel_unmeasured", reason=why)
-        elif figure.seconds * RESERVE > policy.budget_s:
-            why = (
-                f"kernel {release} took {figure.seconds:.1f} s on {figure.at:%Y-%m-%d}: half as much again does not fit a pause budget "
-                f"of {policy.budget_s:g} s"
-            )
+        elif why := budget_error(figure, policy.budget_s):
             yield Refusal(subject=host, code="budget_too_short", reason=why)
 
 
 def expected_jump_s(fleet: FleetLookup, hosts: Iterable[str], record: UpdateRecord) -> float:
     """The longest measured pause of these hosts, seconds; 0: none was measured."""
-    figures = (figure_of(fleet.inventories[host].kernel, _release_on(fleet, host, record)) for host in hosts)
+    kernels = ((fleet.inventories[host].kernel, _release_on(fleet, host, record)) for host in hosts)
+    figures = (newest_figure(kernel.figures, release) for kernel, release in kernels if kernel is not None)
     return max((each.seconds for each in figures if each is not None), default=0.0)
 
 

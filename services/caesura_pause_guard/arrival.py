@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 
 from caesura_vmcontrol import boot_counters, claims, kernel_clock
 from caesura_vmcontrol.boots import boot8
-from caesura_vmcontrol.durable_files import give_to_owner
+from caesura_vmcontrol.durable_files import give_to_owner, sync_folder
 from caesura_vmcontrol.intent import Intent, IntentFile, UnreadableIntent
 from caesura_vmcontrol.kernel_change import Arrival, By, HostClock, KernelChange, Left, VmArrival
 from caesura_vmcontrol.procfs import boot_id
@@ -187,7 +187,7 @@ def _admit(plan: ReplacePlan, arrival: Arrival, wrong: str, log: Log) -> None:
             claims.claim(plan.claims, number + 1, "gone", durable=True)
         elif not why:
             claims.admit(plan.claims, boot8())
-            claims.sync(plan.claims)
+            sync_folder(plan.claims)
     except (OSError, claims.BadClaim) as error:
         if not wrong:
             arrival.vms[plan.vm] = VmArrival("undecided", why=f"its claims cannot be read: {error}")

@@ -53,6 +53,8 @@ import time
 from contextlib import suppress
 from typing import Literal, NamedTuple
 
+from caesura_vmcontrol.durable_files import sync_folder
+
 _NEW = re.compile(r"(new|left):([1-9][0-9]{0,9}):([0-9]{1,19})(?::([0-9a-f]{8}))?")
 _FILE = re.compile(r"file:([1-9][0-9]{0,18}):([0-9a-f]{64})")
 _TEXT_BYTES = 1000  # a symlink's target may have 4095; a reason is one or two lines
@@ -142,15 +144,6 @@ def last_file(folder: str, number: int) -> Owner | None:
     return None
 
 
-def sync(folder: str) -> None:
-    """Make what the folder holds durable, by any process. Raises OSError."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def admit(folder: str, boot8: str) -> None:
     """Record that in this boot the guest may be loaded from its files. Raises OSError."""
     with suppress(FileExistsError):
@@ -182,7 +175,7 @@ def claim(folder: str, number: int, text: str, *, durable: bool = False) -> str:
                 raise
             _claim_again(folder, number, text, error)
     if durable:
-        sync(folder)
+        sync_folder(folder)
     return os.readlink(f"{folder}/{number}")
 
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from caesura_vmcontrol import kernel_change
-from caesura_vmcontrol.durable_files import give_to_owner
+from caesura_vmcontrol.durable_files import sync_folder, write_durably
 from caesura_vmcontrol.kernel_change import KernelChange
 from caesura_vmcontrol.resume_plans import ResumePlan, plan_from_json, plan_to_json
 from caesura_vmcontrol.sealed import is_sealed, seal, unseal
 
+_FILE = "guard-intent.json"
 FORMAT = 1
 FORMAT_ACROSS_BOOTS = 2
 """Only where the host's kernel is replaced: a guard that does not know it must not clear it away as another boot's."""
@@ -128,7 +129,7 @@ class IntentFile:
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
-        self._path = f"{folder}/guard-intent.json"
+        self._path = f"{folder}/{_FILE}"
 
     def load(self) -> Intent | None:
         """The intent of a previous run, or None. Raises UnreadableIntent after putting the file aside."""
@@ -152,21 +153,7 @@ class IntentFile:
 
     def store(self, intent: Intent) -> None:
         """Write and fsync; when this has returned, the intent survives anything short of losing the disk."""
-        temporary = f"{self._path}.new"
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            with open(handle, "wb") as file:
-                give_to_owner(
-                    file.fileno(), self._folder
-                )  # an arrival is root's, the guard that follows is not
-                file.write(seal(intent.to_json()))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self._path)
-        except OSError:
-            os.unlink(temporary)
-            raise
-        self._sync_folder()
+        write_durably(self._folder, _FILE, seal(intent.to_json()))
 
     def clear(self) -> None:
         """Remove the intent."""
@@ -174,11 +161,4 @@ class IntentFile:
             os.unlink(self._path)
         except FileNotFoundError:
             return
-        self._sync_folder()
-
-    def _sync_folder(self) -> None:
-        handle = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync_folder(self._folder)

@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from caesura_vmcontrol.durable_files import sync_folder
 from caesura_vmcontrol.plan_errors import BadPlan
 from caesura_vmcontrol.qemu_plans import QemuPlan, Vmm
 from caesura_vmcontrol.resume_plans import CgroupPlan, ResumePlan, SignalPlan, plan_from_json, plan_to_json
@@ -83,8 +84,8 @@ def write(state_dir: str, markers: Sequence[Marker]) -> None:
     try:
         for start in range(0, len(markers), _BATCH):
             _write_batch(folder, markers[start : start + _BATCH])
-        _sync(folder)
-        _sync(state_dir)
+        sync_folder(folder)
+        sync_folder(state_dir)
     except OSError:
         remove(state_dir, [marker.vm for marker in markers])
         raise
@@ -121,14 +122,6 @@ def _fsync(handle: int, failed: list[OSError]) -> None:
         os.fsync(handle)
     except OSError as error:
         failed.append(error)
-
-
-def _sync(folder: str) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def remove(state_dir: str, vms: Iterable[str]) -> list[str]:

@@ -15,6 +15,7 @@ from caesura_vmcontrol import claims
 from caesura_vmcontrol.boots import boot8, in_this_boot, of_another_boot, of_this_boot
 from caesura_vmcontrol.bounded import within
 from caesura_vmcontrol.claims import Owner
+from caesura_vmcontrol.durable_files import sync_folder
 from caesura_vmcontrol.process_control import (
     LOG_S,
     ProgramUser,
@@ -222,7 +223,7 @@ def _commit_new(plan: ReplacePlan, number: int, owner: Owner, until: float) -> b
         _claim(plan, number + 1, "gone")
         return False
     if plan.across is not None:
-        claims.sync(plan.claims)  # the process that claimed it may have ended before that
+        sync_folder(plan.claims)  # the process that claimed it may have ended before that
     sigcont(pid, ticks)
     try:
         qmp = reach(pid, ticks, [plan.qmp, plan.old.qmp], until)

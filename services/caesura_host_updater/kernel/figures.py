@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
 from caesura.contract.messages import KernelFigure
+from caesura_vmcontrol.durable_files import write_durably
 
 FILE = "kexec-figures.json"
 _MOST = 32  # as many as an inventory holds
@@ -33,10 +33,5 @@ def read_figures(folder: Path) -> tuple[KernelFigure, ...]:
 def add_figure(folder: Path, figure: KernelFigure) -> tuple[KernelFigure, ...]:
     """Keep a measurement; all of them now. Blocking. Raises OSError."""
     figures = newest_of_each((*read_figures(folder), figure))
-    part = folder / f"{FILE}.new"
-    with part.open("wb") as file:
-        file.write(msgspec.json.encode(figures))
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(folder / FILE)
+    write_durably(str(folder), FILE, msgspec.json.encode(figures))
     return figures

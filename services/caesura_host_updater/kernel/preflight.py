@@ -10,11 +10,10 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 from caesura.contract.messages import KernelFigure
+from caesura.lifecycle.kernel_figures import budget_error, newest_figure
 from caesura.lifecycle.loaded_kernel import LoadedKernel, carve_outs
 from caesura_host_updater.inventory.kernel_options import KernelOptions
 
-RESERVE = 1.5
-"""A measured pause times this must fit the budget; the coordinator's plan has the same rule."""
 CHECK = "`caesura host prepare-kexec --check` says what is missing"
 _VOLATILE = frozenset(("tmpfs", "ramfs", "overlay", "squashfs"))
 """File systems that do not outlive a kernel, or may not."""
@@ -128,9 +127,7 @@ def loaded_error(facts: KernelFacts, options: KernelOptions, release: str) -> st
 
 def figure_error(figures: Iterable[KernelFigure], release: str, budget_s: float) -> str:
     """Why what was measured does not allow the jump within the budget; empty: it does."""
-    newest = max((each for each in figures if each.to == release), key=lambda each: each.at, default=None)
+    newest = newest_figure(figures, release)
     if newest is None:
         return f"nothing was measured for kernel {release}: `caesura host rehearse-kexec {release}` while the host holds no VM"
-    if newest.seconds * RESERVE > budget_s:
-        return f"kernel {release} took {newest.seconds:.1f} s on {newest.at:%Y-%m-%d}: half as much again does not fit {budget_s:g} s"
-    return ""
+    return budget_error(newest, budget_s)

@@ -35,6 +35,10 @@ _TEXT = 1000  # characters of a problem: an inventory holds several
 _log = get_logger("caesura.kernel")
 
 
+class _NotSeen(Exception):
+    """The host's files cannot be read, or do not answer."""
+
+
 class KernelReadiness:
     """See the module.
 
@@ -65,7 +69,6 @@ class KernelReadiness:
         self._root = root
         self.record: HostKernel | None = None
         """For the inventory; None where the operator does not allow the method."""
-        self._figures: tuple[KernelFigure, ...] = ()
 
     async def run(self) -> None:
         """Look again and again. Never ends."""
@@ -80,14 +83,11 @@ class KernelReadiness:
         if not self._options.kexec:
             return
         try:
-            async with asyncio.timeout(_READ_S):
-                facts, figures = await in_thread("kernel", self._read)
-        except (TimeoutError, OSError) as error:
-            problems = (f"the host's kernel cannot be looked at: {error or 'its files do not answer'}",)
+            facts, figures = await self._found()
+        except _NotSeen as error:
             release = self.record.release if self.record is not None else ""
-            record = HostKernel(release=release, kexec=True, problems=problems)
+            record = HostKernel(release=release, kexec=True, problems=(str(error),))
         else:
-            self._figures = figures
             record = HostKernel(
                 release=facts.release,
                 kexec=True,
@@ -105,10 +105,9 @@ class KernelReadiness:
         if not self._options.kexec:
             return "the host file does not allow it: [kernel] kexec = true"
         try:
-            async with asyncio.timeout(_READ_S):
-                facts, figures = await in_thread("kernel", self._read)
-        except (TimeoutError, OSError) as error:
-            return f"the host's kernel cannot be looked at: {error or 'its files do not answer'}"
+            facts, figures = await self._found()
+        except _NotSeen as error:
+            return str(error)
         wrong = list(obstacles(facts, self._options))
         wrong += (loaded_error(facts, self._options, release), figure_error(figures, release, budget_s))
         return "; ".join(each for each in wrong if each)
@@ -120,11 +119,19 @@ class KernelReadiness:
     async def measured(self, figure: KernelFigure) -> None:
         """Keep a measurement; a disk that refuses it is logged: then nothing is planned by it."""
         try:
-            self._figures = await in_thread("kernel", lambda: add_figure(self._state_dir, figure))
+            await in_thread("kernel", lambda: add_figure(self._state_dir, figure))
         except OSError as error:
             _log.error("kernel.figure_not_kept", why=str(error))
             return
         await self.look()
+
+    async def _found(self) -> tuple[KernelFacts, tuple[KernelFigure, ...]]:
+        try:
+            async with asyncio.timeout(_READ_S):
+                return await in_thread("kernel", self._read)
+        except (TimeoutError, OSError) as error:
+            why = f"the host's kernel cannot be looked at: {error or 'its files do not answer'}"
+            raise _NotSeen(why) from error
 
     def _read(self) -> tuple[KernelFacts, tuple[KernelFigure, ...]]:
         """Blocking. Raises OSError."""

@@ -42,7 +42,7 @@ def arrived(op: Operation, change: KernelChange | None, *, wall_s: float, now: f
         if vm.end != "running":
             op = failed(op, "memory_lost", f"VM {vm.vm}: {vm.error}")
     if arrival.release != op.kernel_release:
-        why = f"kernel {arrival.release} runs, not {op.kernel_release}: {_how(arrival)}"
+        why = f"kernel {arrival.release} runs, not {op.kernel_release}: the VMs were resumed by {_BY[arrival.by]}"
         op = failed(op, "kernel_unexpected", why)
     return msgspec.structs.replace(op, end="failed" if op.failure else "completed")
 
@@ -130,10 +130,6 @@ _BY: Mapping[str, str] = {
     "crash-kernel": "the crash kernel, since the new kernel crashed",
     "guard": "the pause guard, once user space was up",
 }
-
-
-def _how(arrival: Arrival) -> str:
-    return f"the VMs were resumed by {_BY[arrival.by]}"
 
 
 def _lost(op: Operation, why: str) -> Operation:

@@ -13,7 +13,7 @@ from typing import Any
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.envelope import Message
-from caesura.lifecycle.proof import broken_codes, held_codes
+from caesura.lifecycle.proof import PAUSING, broken_codes, held_codes
 from caesura_metrics_exporter.metrics.pauses import PauseLabels, labels_of
 from caesura_metrics_exporter.metrics.series import Counts, Deduplicator, Histogram
 
@@ -26,9 +26,6 @@ CLOCK_BUCKETS = (
 )  # fmt: skip
 NOTICE_BUCKETS = (1.0, 5.0, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 900.0, 1800.0, 3600.0)
 SECONDS_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
-
-# The methods that pause VMs: the others have neither a budget to overrun nor a guard.
-_PAUSING: frozenset[m.Method] = frozenset({"swap", "freeze", "replace", "kexec"})
 
 _REMEMBERED = 20_000  # facts; a large wave makes some hundreds, so repetitions of many waves are recognised
 
@@ -125,7 +122,8 @@ class FactCounters:
         # is the first with its labels, which would not count as an increase.
         self.foreign.add(inventory.host, by=0.0)
         for record in inventory.vms:
-            for method in _PAUSING.intersection(record.methods):
+            # The other methods have neither a budget to overrun nor a guard.
+            for method in PAUSING.intersection(record.methods):
                 self._expect((record.set, str(record.update_domain), method))
 
     def _expect(self, labels: PauseLabels) -> None:

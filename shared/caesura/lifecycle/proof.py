@@ -21,7 +21,7 @@ BROKEN_WORDS: dict[ProofCode, str] = {
     "digest_equal": "digest differs",
 }
 NONE = "nothing shown"
-_PAUSED: frozenset[Method] = frozenset({"swap", "freeze", "replace", "kexec"})
+PAUSING: frozenset[Method] = frozenset({"swap", "freeze", "replace", "kexec"})
 """The methods that promise to keep memory and pause the guest."""
 _OF_MEMORY: frozenset[ProofCode] = frozenset({"canary_equal", "sampled_digest_equal", "digest_equal"})
 _ORDER: tuple[ProofCode, ...] = tuple(reversed(get_args(ProofCode)))
@@ -93,7 +93,7 @@ def combined(*proofs: MemoryProof | None) -> MemoryProof | None:
 
 def asks_for_proof(policy: Policy, method: Method) -> bool:
     """Whether a pause by this method halts the rollout unless memory was shown to be unchanged."""
-    if method not in _PAUSED:
+    if method not in PAUSING:
         return False  # no pause, or a reboot, which does not keep memory
     if policy.on_unproven is None:
         return method in ("swap", "replace")

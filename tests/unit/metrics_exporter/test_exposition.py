@@ -22,8 +22,12 @@ BOUNDS = (0.001, 1.0, 30.0)
 
 texts = st.text(max_size=4) | st.sampled_from(['a"b', "back\\slash", "two\nlines", "50 %d", "é", ""])
 labels = st.tuples(texts, st.sampled_from("ab"), st.sampled_from("cd"))
+# Zero has one sign here: values that compare equal are not written again.
 numbers = (
-    st.integers(0, 2_000_000) | st.floats() | st.booleans() | st.sampled_from([1e6, 1e21, -1e7, 999_999, 0.1])
+    st.integers(0, 2_000_000)
+    | st.floats().map(lambda value: value + 0.0)
+    | st.booleans()
+    | st.sampled_from([1e6, 1e21, -1e7, 999_999, 0.1])
 )
 buckets = st.tuples(st.tuples(*[st.integers(0, 3) | st.just(400_000)] * 4), st.floats(0, 1e9))
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 import msgspec
 
+from caesura.lifecycle.kernel_figures import RESERVE
 from caesura.lifecycle.loaded_kernel import LoadedKernel, carve_outs
 from caesura.runtime.errors import CaesuraError
 from caesura_ctl.options import fail, print_json
@@ -17,6 +19,8 @@ from caesura_host.host_files import HostError, HostFolder
 from caesura_host.kernel_command_line import BadCarveOut, parse_carve_out
 from caesura_host.kernel_loading import load_kernel, unload_kernel
 from caesura_host.preparation import SETTINGS, Step, WantedPreparation, steps
+from caesura_host.rehearsal import guests_here, leave, refuse_guests
+from caesura_host_updater.kernel.figures import read_figures
 
 _PREPARE_EPILOG = """\b
 examples:
@@ -42,10 +46,38 @@ exit codes:
   1  it is not; the text says what to do
   2  bad usage"""
 
+_REHEARSE_EPILOG = """\b
+examples:
+  sudo caesura host rehearse-kexec 6.1.0-50-amd64
+  sudo caesura host rehearse-kexec 6.1.0-50-amd64 --yes
+  caesura host kernel-figures
+
+\b
+The host changes its kernel at once, and every program on it ends; connections to it break. Log in again some seconds later:
+`caesura host kernel-figures` has the result once the host updater runs.
+
+\b
+exit codes:
+  1  the kernel was not changed; the text says what to do
+  2  bad usage"""
+
+_FIGURES_EPILOG = """\b
+examples:
+  caesura host kernel-figures
+  caesura host kernel-figures --json
+
+\b
+exit codes:
+  0  there are some
+  1  there are none, or they cannot be read
+  2  bad usage"""
+
 _GROUP_EPILOG = """\b
 examples:
   caesura host prepare-kexec --check
   sudo caesura host load-kernel 6.1.0-50-amd64
+  sudo caesura host rehearse-kexec 6.1.0-50-amd64
+  caesura host kernel-figures
 
 \b
 exit codes:
@@ -240,3 +272,98 @@ def _show(loaded: LoadedKernel, *, as_json: bool) -> None:
         print_json(loaded)
     else:
         click.echo(f"loaded {loaded.release}: {loaded.command_line}")
+
+
+@host.command("rehearse-kexec", epilog=_REHEARSE_EPILOG)
+@click.argument("release")
+@click.option(
+    "--late", is_flag=True, help="Its initramfs need not have the hook: the unit continues the guests."
+)
+@click.option("--append", "more", multiple=True, metavar="WORD", help="A word more for its command line.")
+@click.option(
+    "--watchdog",
+    "watchdog_s",
+    type=click.IntRange(0, 3600),
+    default=60,
+    show_default=True,
+    metavar="S",
+    help="A hardware watchdog resets a host that hangs; 0: none.",
+)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--json", "as_json", is_flag=True, help="Print what goes wrong as JSON; needs --yes.")
+def rehearse(
+    *, release: str, late: bool, more: tuple[str, ...], watchdog_s: int, yes: bool, as_json: bool
+) -> None:
+    """Change this host's kernel to RELEASE now, while it holds no guest, to measure how long that takes.
+
+    Refused while a guest runs here. An update with `kernel = "kexec"` is planned only for a kernel that was measured.
+    """
+    if as_json and not yes:
+        raise click.UsageError("--json asks nothing: add --yes")
+
+    def work() -> int:
+        if os.geteuid() != 0:
+            raise HostError("a kernel is changed by root: sudo caesura host rehearse-kexec")
+        settings = _prepared_settings()
+        refuse_guests(guests_here())
+        if not yes:
+            click.confirm(
+                f"This host changes its kernel from {os.uname().release} to {release} now, and every program on it ends. Continue?",
+                abort=True,
+                err=True,
+            )
+        loaded = load_kernel(release, more=more, expect_hook=not late)
+        try:
+            refuse_guests(guests_here())  # one may have come while the question was open
+            leave(
+                loaded,
+                state_dir=settings["STATE_DIR"],
+                carve_out=settings["CARVE_OUT"],
+                watchdog_s=watchdog_s,
+                before_leaving=lambda: click.echo(
+                    f"caesura: leaving {os.uname().release} for {release}; `caesura host kernel-figures` has the result",
+                    err=True,
+                ),
+            )
+        finally:
+            unload_kernel()
+        return 1
+
+    _guarded(work, as_json=as_json)
+
+
+def _prepared_settings() -> dict[str, str]:
+    """What the host was prepared with. Raises HostError: it is not prepared."""
+    found = HostFolder()
+    settings = found.settings()
+    if not {"STATE_DIR", "CARVE_OUT"} <= settings.keys():
+        raise HostError(
+            "this host is not prepared for a change of its kernel: caesura host prepare-kexec --check"
+        )
+    return settings
+
+
+@host.command("kernel-figures", epilog=_FIGURES_EPILOG)
+@click.option("--json", "as_json", is_flag=True, help="Print them as one JSON document.")
+def kernel_figures(*, as_json: bool) -> None:
+    """How long changes of this host's kernel took: rehearsals and updates, the newest of each kernel."""
+
+    def work() -> int:
+        figures = read_figures(Path(_prepared_settings()["STATE_DIR"]))
+        if as_json:
+            print_json(figures)
+        elif not figures:
+            raise HostError(
+                "no change of this host's kernel was measured: sudo caesura host rehearse-kexec RELEASE. After one, the host"
+                " updater must run once; and only root and its user can read the figures"
+            )
+        else:
+            for each in figures:
+                kind = "rehearsal" if each.rehearsal else "update"
+                click.echo(
+                    f"{each.to}  {each.seconds:.1f} s from {each.former}, {kind} of {each.at:%Y-%m-%d %H:%M} UTC;"
+                    f" needs a pause budget of {each.seconds * RESERVE:.0f} s"
+                )
+        return 0 if figures else 1
+
+    _guarded(work, as_json=as_json)

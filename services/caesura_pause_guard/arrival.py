@@ -40,7 +40,15 @@ _TRIES = 4  # of one guest, its command lines in turn; then the boot continues a
 _LOAD_S = 300.0  # s: the same, if each try takes long
 _LOCK_S = 120.0  # s: for another arrival to end; claims keep two apart even so
 _AGAIN_S = 0.01  # s: between two tries
-_REHEARSAL_S = 60.0  # s: for a QEMU without a guest to start and end
+_REHEARSAL_S = 120.0  # s: for a QEMU without a guest to start; as for one with a guest, see replacing
+_SAID = 200  # characters of what it says instead
+REHEARSAL = "rehearsal"
+"""In the place of a VM's name: the QEMU of a rehearsal."""
+_QEMU = ("/usr/bin/qemu-system-x86_64", "qemu-system-x86_64", "/usr/libexec/qemu-kvm", "qemu-kvm")
+_WITHOUT_GUEST = (
+    *("-S", "-nodefaults", "-no-user-config", "-display", "none"),
+    *("-machine", "q35,accel=kvm:tcg", "-m", "16"),
+)
 _WATCHDOG = "/dev/watchdog"
 
 
@@ -66,7 +74,7 @@ def arrive(folder: str, by: By, log: Log) -> int:
         store.store(intent)
         if change.rehearsal:
             with _phase(arrival, "load"):
-                _rehearse(log)
+                rehearse(arrival, log)
         else:
             with _phase(arrival, "load"):
                 _load_all(intent, arrival, log)
@@ -97,9 +105,14 @@ def examine(intent: Intent, folder: str, by: By, log: Log) -> Arrival:
     if wrong and by == "initramfs":
         _undecided(intent, arrival, f"{wrong}; it is looked at again when the system is up")
         return arrival
+    rehearsed = arrival.vms.pop(REHEARSAL, None)
     arrival.doubts = _doubts(intent, change, arrival, folder, wrong)
     for doubt in arrival.doubts:
         log("arrival.doubt", why=doubt)
+    if rehearsed is not None and rehearsed.end == "running":
+        arrival.vms[REHEARSAL] = rehearsed
+    elif change.rehearsal and arrival.doubts:
+        arrival.vms[REHEARSAL] = VmArrival("lost", why="; ".join(arrival.doubts))
     for plan in intent.plans:
         there = arrival.vms.get(plan.vm)
         if isinstance(plan, ReplacePlan) and (there is None or there.end == "undecided"):
@@ -199,9 +212,10 @@ def _admit(plan: ReplacePlan, arrival: Arrival, wrong: str, log: Log) -> None:
 
 
 def _undecided(intent: Intent, arrival: Arrival, why: str) -> None:
-    for plan in intent.plans:
-        if plan.vm not in arrival.vms or arrival.vms[plan.vm].end == "undecided":
-            arrival.vms[plan.vm] = VmArrival("undecided", why=why)
+    rehearsal = intent.kernel_change is not None and intent.kernel_change.rehearsal
+    for vm in [REHEARSAL] if rehearsal else [plan.vm for plan in intent.plans]:
+        if vm not in arrival.vms or arrival.vms[vm].end == "undecided":
+            arrival.vms[vm] = VmArrival("undecided", why=why)
 
 
 def _load_all(intent: Intent, arrival: Arrival, log: Log) -> None:
@@ -280,33 +294,55 @@ def _make_folders(plan: ReplacePlan) -> None:
                 os.chown(each, across.uid, across.gid)
 
 
-def _rehearse(log: Log) -> None:
-    """A QEMU without a guest is started and ended: that is the part of a pause that no boot alone shows."""
-    program = shutil.which("qemu-system-x86_64")
-    if program is None:
-        log("arrival.no_qemu")
+def rehearse(arrival: Arrival, log: Log) -> None:
+    """A QEMU without a guest is started until it answers, and ended: that is the part of a pause that no boot alone shows."""
+    there = arrival.vms.get(REHEARSAL)
+    if there is not None and there.end != "undecided":
         return
-    argv = [
-        program,
-        "-S",
-        "-nodefaults",
-        "-no-user-config",
-        "-display",
-        "none",
-        "-machine",
-        "q35,accel=kvm:tcg",
-        "-m",
-        "16",
-    ]
-    with suppress(OSError, subprocess.TimeoutExpired):
-        subprocess.run(
-            [*argv, "-monitor", "stdio"],
-            input=b"quit\n",
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            timeout=_REHEARSAL_S,
-            check=False,
+    if there is None:
+        there = _throw_away()
+    arrival.vms[REHEARSAL] = there
+    log("arrival.rehearsal", end=there.end, why=there.why)
+
+
+def _throw_away() -> VmArrival:
+    program = next((each for each in map(shutil.which, _QEMU) if each is not None), None)
+    if program is None:
+        return VmArrival("lost", why=f"there is no QEMU here to start: {', '.join(_QEMU)}")
+    argv = (program, *_WITHOUT_GUEST, "-qmp", "stdio")
+    try:
+        process = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd="/"
         )
+    except OSError as error:
+        return VmArrival("lost", why=f"{program}: {error.strerror or error}")
+    impatience = threading.Timer(_REHEARSAL_S, process.kill)
+    impatience.start()
+    try:
+        with process:
+            said = _greeted(process)
+            running_at = time.time()
+            process.kill()
+    finally:
+        impatience.cancel()
+    if said:
+        return VmArrival("lost", why=f"{program} does not answer: {said}")
+    return VmArrival("running", running_at)
+
+
+def _greeted(process: subprocess.Popen[bytes]) -> str:
+    """Wait until QEMU has answered its first QMP command; what it said instead, if not."""
+    assert process.stdin is not None  # noqa: S101 - of _throw_away
+    assert process.stdout is not None  # noqa: S101 - of _throw_away
+    with suppress(OSError):
+        process.stdin.write(b'{"execute": "qmp_capabilities"}\n')
+        process.stdin.flush()
+    other = b""
+    for line in process.stdout:
+        if line.startswith(b'{"return"'):
+            return ""
+        other = line
+    return other.decode(errors="replace").strip()[:_SAID] or "it ended"
 
 
 def _disarm_watchdog(log: Log) -> None:

@@ -87,7 +87,7 @@ def rehearsal_figure(intent: Intent, at: datetime) -> KernelFigure | None:
     change = intent.kernel_change
     if change is None or not change.rehearsal or change.left is None or change.arrival is None:
         return None
-    ready = [vm.running_at for vm in change.arrival.vms.values()]
+    ready = [vm.running_at for vm in change.arrival.vms.values() if vm.end == "running"]
     if change.arrival.release != change.expected_release or not ready:
         return None
     seconds = max((each - change.left.pair.realtime for each in ready if each is not None), default=0.0)

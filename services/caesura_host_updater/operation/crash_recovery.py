@@ -151,7 +151,7 @@ class CrashRecovery:
             else:
                 await self._end(entry, held, resumed_now, epoch)
         if held is not None and not arriving:
-            await self._keep_figure(rehearsal_figure(held, datetime.now(UTC)))
+            await self._keep_rehearsal(held)
             await self._disarm(held.operation)
         done = self._resuming - set(self.late)
         if arriving:
@@ -195,6 +195,18 @@ class CrashRecovery:
                 break
             await asyncio.sleep(_ASK_S)
         self._guard_released.set()
+
+    async def _keep_rehearsal(self, held: Intent) -> None:
+        figure = rehearsal_figure(held, datetime.now(UTC))
+        await self._keep_figure(figure)
+        change = held.kernel_change
+        if figure is None and change is not None and change.rehearsal:
+            found = change.arrival.vms.items() if change.arrival is not None else ()
+            why = (
+                "; ".join(each.why for _, each in found if each.why)
+                or "the kernel was not left, or another one runs"
+            )
+            _log.error("rehearsal.not_measured", kernel=change.expected_release, why=why)
 
     async def _keep_figure(self, figure: KernelFigure | None) -> None:
         if figure is not None and self._measured is not None:

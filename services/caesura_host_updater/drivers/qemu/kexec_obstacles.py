@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,7 +60,9 @@ def _too_early(run: VmProcessRecord, memory: GuestRam) -> Iterator[str]:
         if path == memory.file or path in folders:
             continue
         try:
-            elsewhere = Path(path).stat().st_dev != root
+            there = Path(path).stat()
+            # /dev is there in an initramfs.
+            elsewhere = there.st_dev != root and not stat.S_ISCHR(there.st_mode)
         except OSError as error:
             yield f"{path} cannot be looked at: {error.strerror or error}"
             continue

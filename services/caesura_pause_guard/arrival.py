@@ -22,12 +22,13 @@ from contextlib import contextmanager, suppress
 from caesura_vmcontrol import boot_counters, claims, kernel_clock
 from caesura_vmcontrol.boots import boot8
 from caesura_vmcontrol.durable_files import give_to_owner, sync_folder
+from caesura_vmcontrol.hardware_watchdog import HardwareWatchdog
 from caesura_vmcontrol.intent import Intent, IntentFile, UnreadableIntent
 from caesura_vmcontrol.kernel_change import Arrival, By, HostClock, KernelChange, Left, VmArrival
 from caesura_vmcontrol.procfs import boot_id
 from caesura_vmcontrol.qemu_control import condition, thaw
 from caesura_vmcontrol.qemu_plans import ReplacePlan
-from caesura_vmcontrol.ram_places import RamIdentity, dax_error, find_error
+from caesura_vmcontrol.ram_places import RamIdentity, carve_out_error, find_error
 from caesura_vmcontrol.resume_plans import ResumePlan
 from caesura_vmcontrol.watchdog import Log
 
@@ -49,12 +50,6 @@ _WITHOUT_GUEST = (
     *("-S", "-nodefaults", "-no-user-config", "-display", "none"),
     *("-machine", "q35,accel=kvm:tcg", "-m", "16"),
 )
-_WATCHDOG = "/dev/watchdog"
-
-
-def carve_out_error(path: str) -> str:
-    """Why this is not the carve-out; a function of this module so that tests on ordinary folders can replace it."""
-    return dax_error(path) if os.path.ismount(path) else f"{path} is not mounted"
 
 
 def arrive(folder: str, by: By, log: Log) -> int:
@@ -78,8 +73,8 @@ def arrive(folder: str, by: By, log: Log) -> int:
         else:
             with _phase(arrival, "load"):
                 _load_all(intent, arrival, log)
-        if change.watchdog_s:
-            _disarm_watchdog(log)
+        if change.watchdog_s and (why := HardwareWatchdog().disarm_former()):
+            log("arrival.hardware_watchdog", why=why)
         store.store(intent)
         ends = {each.end for each in arrival.vms.values()}
         log("arrival.ended", vms={vm: each.end for vm, each in arrival.vms.items()}, phases=arrival.phases)
@@ -312,7 +307,7 @@ def _throw_away() -> VmArrival:
     argv = (program, *_WITHOUT_GUEST, "-qmp", "stdio")
     try:
         process = subprocess.Popen(
-            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd="/"
+            argv, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd="/"
         )
     except OSError as error:
         return VmArrival("lost", why=f"{program}: {error.strerror or error}")
@@ -336,27 +331,12 @@ def _greeted(process: subprocess.Popen[bytes]) -> str:
     assert process.stdout is not None  # noqa: S101 - of _throw_away
     with suppress(OSError):
         process.stdin.write(b'{"execute": "qmp_capabilities"}\n')
-        process.stdin.flush()
     other = b""
     for line in process.stdout:
         if line.startswith(b'{"return"'):
             return ""
         other = line
     return other.decode(errors="replace").strip()[:_SAID] or "it ended"
-
-
-def _disarm_watchdog(log: Log) -> None:
-    """The one that the former kernel's guard armed, if this kernel's driver has taken it over."""
-    try:
-        handle = os.open(_WATCHDOG, os.O_WRONLY | os.O_CLOEXEC)
-    except OSError:
-        return  # there is none, or the system's own manager has it by now
-    try:
-        os.write(handle, b"V")
-    except OSError as error:
-        log("arrival.hardware_watchdog", why=str(error))
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from caesura.contract.messages import Method
+from caesura.lifecycle.proof import SUCCEEDING
 from caesura.runtime.threads import in_thread_to_its_end
 from caesura_host_updater.drivers.port import DriverError
 from caesura_host_updater.drivers.qemu.assessor import Assessor
@@ -65,14 +66,14 @@ class Preparer:
             raise DriverError(guest.vm, f"operation {guest.prepared.operation} has not been released yet")
         if method == "swap" and guest.stated.beside and not guest.stated.both:
             raise DriverError(guest.vm, "; ".join(guest.stated.beside))
-        if method in ("swap", "replace", "kexec") and guest.stated.both:
+        if method in SUCCEEDING and guest.stated.both:
             raise DriverError(guest.vm, guest.missing[method])
         try:
             if (status := await qmp.status()) != "running":
                 raise DriverError(guest.vm, f"is {status} before anything was done")
             if wrong := migration_under_way(await qmp.execute("query-migrate")):
                 raise DriverError(guest.vm, wrong)
-            if method not in ("swap", "replace", "kexec"):
+            if method not in SUCCEEDING:
                 return
             if method == "kexec" and (
                 wrong_here := await self._assessor.within_time(kexec_obstacles, run, self._launcher.kernel)

@@ -12,8 +12,9 @@ from caesura.contract.messages import EventType
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.visible import visible
 from caesura_ctl.durations import DURATION, Duration, show_duration
+from caesura_ctl.errors import fail
 from caesura_ctl.name_params import NAME
-from caesura_ctl.options import fail, print_json
+from caesura_ctl.options import print_json
 from caesura_rehearse.control.file import ControlAddress, NoRehearsal, find_control
 from caesura_rehearse.simulation.orders import EVENT_NAMES, MAX_PAUSE_S, MINIMUM_NOTICE_S
 

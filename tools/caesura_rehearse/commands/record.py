@@ -13,7 +13,8 @@ import msgspec
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.visible import visible
 from caesura_ctl.durations import DURATION
-from caesura_ctl.options import fail, print_json
+from caesura_ctl.errors import fail
+from caesura_ctl.options import print_json
 
 _LEAST_EVERY_S = 0.2  # s: the real server refuses more than five requests a second
 

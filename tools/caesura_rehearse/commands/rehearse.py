@@ -17,8 +17,9 @@ from caesura.runtime.interrupt import EXIT_INTERRUPTED
 from caesura.runtime.logs import configure_logging
 from caesura.runtime.visible import visible
 from caesura_ctl.durations import DURATION, Duration
+from caesura_ctl.errors import fail
 from caesura_ctl.name_params import NAME
-from caesura_ctl.options import Commands, fail, freezer_option, print_json
+from caesura_ctl.options import Commands, freezer_option, print_json
 from caesura_rehearse.commands.order import ORDER_COMMANDS
 from caesura_rehearse.commands.record import record
 from caesura_rehearse.commands.scenarios import scenarios

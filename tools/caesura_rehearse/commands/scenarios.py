@@ -6,7 +6,8 @@ import click
 
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.visible import visible
-from caesura_ctl.options import fail, print_json
+from caesura_ctl.errors import fail
+from caesura_ctl.options import print_json
 from caesura_rehearse.scenarios.file_format import schema_text
 from caesura_rehearse.scenarios.reader import read_scenario, shipped_file, shipped_names
 

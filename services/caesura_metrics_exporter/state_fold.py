@@ -1,4 +1,6 @@
-"""The messages of the bus, folded once for everything that the exporter shows: ``caesura.fleet``, and complete rollouts by set. Pure.
+"""The state on the bus, folded once for everything that the exporter shows: ``caesura.fleet``, and complete rollouts by set. Pure.
+
+Facts (*frozen*, *resumed* and so on) are not state: ``service`` passes each to the counters, the current state and the live page.
 
 The metrics and the live page are views of it: they keep what was counted or drawn, and when something was received, never a second copy
 of the messages. Complete rollouts are not part of the fold: on the bus they come in parts, each reader joins and bounds them by itself, and
@@ -39,7 +41,7 @@ class FoldResult(msgspec.Struct, frozen=True):
     """For a message about a rollout: its previous state."""
 
 
-class BusFold:
+class StateFold:
     """See the module. Each message is folded once, then its views follow."""
 
     def __init__(self) -> None:

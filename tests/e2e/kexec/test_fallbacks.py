@@ -52,16 +52,7 @@ async def test_each_fallback(stages: Callable[..., Any], image: Image, tmp_path:
 
 
 async def until_ready(stage: Any, host: FleetHost) -> None:
-    def well() -> bool:
-        inventory = stage.fleet_view.hosts.get(host.name)
-        return (
-            inventory is not None
-            and stage.fleet_view.is_online(host.name)
-            and inventory.guard == "ready"
-            and all(vm.state == "running" for vm in inventory.vms)
-        )
-
-    await stage.sandbox.until(well, _PATIENCE_S, "host, guard and guests")
+    await stage.sandbox.until(lambda: host.ready(stage.fleet_view), _PATIENCE_S, "host, guard and guests")
     await asyncio.to_thread(host.until_guests_beat)
 
 

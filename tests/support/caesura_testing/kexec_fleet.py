@@ -10,6 +10,7 @@ import msgspec
 import tomli_w
 
 from caesura.contract.messages import KernelFigure
+from caesura_ctl.fleet_view import FleetView
 from caesura_testing.kexec_host import FIRST, SECOND, KexecHost, beats, longest_silence
 from caesura_testing.kexec_image import CARVE_OUT, Image
 
@@ -68,7 +69,7 @@ class FleetHost:
         return {
             "kernel-new": (self.image.new, ()),
             "kernel-old": (self.image.old, ()),
-            # Without its initramfs' init and without a root file system of its own accord: it panics before anything of ours runs.
+            # Neither an init in its initramfs nor a root file system: it panics before the hook runs.
             "kernel-panic": (self.image.new, ("rdinit=/none", "root=/dev/none", "init=/none")),
             "kernel-stuck": (self.image.new, ("init=/opt/rig/stuck-init",)),
             "kernel-crash": (self.image.new, ("crashkernel=192M", "init=/opt/rig/crash-init")),
@@ -122,7 +123,7 @@ class FleetHost:
                 for name, (release, words) in self.updates().items()
             },
         }
-        script = ["set -e", f"date -s @{time.time():.0f} >/dev/null", "caesura host prepare-kexec --apply"]
+        script = ["set -e", "caesura host prepare-kexec --apply"]
         for path, text in files.items():
             script.append(f"mkdir -p $(dirname {path}); cat >{path} <<'END-OF-FILE'\n{text}\nEND-OF-FILE")
         script.append("chown caesura-host: /var/lib/caesura/host-updater/*.json")
@@ -130,6 +131,19 @@ class FleetHost:
             "systemctl enable --quiet caesura-host-updater; systemctl start --no-block caesura-host-updater"
         )
         machine.run("\n".join(script))
+
+    def ready(self, fleet_view: FleetView) -> bool:
+        """Whether another kernel can be started under its guests, as far as the fleet sees."""
+        found = fleet_view.hosts.get(self.name)
+        if (
+            found is None
+            or not fleet_view.is_online(self.name)
+            or found.guard != "ready"
+            or found.kernel is None
+        ):
+            return False
+        well = not found.kernel.problems and len(found.kernel.figures) > 1
+        return well and all(vm.state == "running" and "kexec" in vm.methods for vm in found.vms)
 
     def journal(self) -> str:
         """What the services of a host said, for failure reports."""
@@ -160,6 +174,6 @@ class FleetHost:
             silence_s = after.at - before.at
             assert 0 < after.up_s - before.up_s < 0.5 * silence_s + 1, f"{vm}: its clock ran in the pause"
             print(
-                f"{self.name} to {release}: {vm}: beat {before.number} -> {after.number}, silence {silence_s:.1f} s,"
+                f"\n{self.name} to {release}: {vm}: beat {before.number} -> {after.number}, silence {silence_s:.1f} s,"
                 f" its clock +{after.up_s - before.up_s:.2f} s, memory bad=0"
             )

@@ -227,6 +227,7 @@ def _local_changes(tree: Path) -> None:
     units = tree / "etc/systemd/system"
     (tree / "etc/fstab").write_text("/dev/vda / ext4 defaults 0 0\n")
     (tree / "etc/hostname").write_text("host\n")
+    (tree / "etc/hosts").write_text("127.0.0.1 localhost host\n")
     (tree / "etc/machine-id").write_text("")
     (tree / "etc/initramfs-tools/update-initramfs.conf").write_text(
         "update_initramfs=all\nbackup_initramfs=no\n"

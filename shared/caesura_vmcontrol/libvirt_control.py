@@ -7,6 +7,7 @@ monitor socket free, for QEMU serves one client at a time; one that hangs keeps 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 
 from caesura_vmcontrol import libvirt_rpc
@@ -51,6 +52,35 @@ def libvirt_condition(plan: LibvirtPlan) -> Condition:
         if found is None:
             raise
         return found
+
+
+def conditions(plans: Sequence[LibvirtPlan]) -> dict[str, Condition | None]:
+    """VM to its condition, over one connection for all of one daemon; None: nobody says. Blocking."""
+    found: dict[str, Condition | None] = {}
+    for place in {(plan.socket, plan.uri) for plan in plans}:
+        mine = [plan for plan in plans if (plan.socket, plan.uri) == place]
+        with suppress(OSError), Libvirt(*place, time.monotonic() + RPC_S) as daemon:
+            for plan in mine:
+                domain = find(daemon, plan)
+                found[plan.vm] = "gone" if domain is None else _condition_of(*daemon.state(domain))
+        for plan in mine:
+            if plan.vm not in found:
+                with suppress(OSError):
+                    found[plan.vm] = _condition_by_qmp(plan)
+                found.setdefault(plan.vm, None)
+    return found
+
+
+def why_not_ours(plan: LibvirtPlan) -> str:
+    """Why a domain that is paused is not to be resumed by us; empty: it is not paused, or is over. Raises OSError."""
+    with Libvirt(plan.socket, plan.uri, time.monotonic() + RPC_S) as daemon:
+        domain = find(daemon, plan)
+        if domain is None:
+            return ""
+        state, reason = daemon.state(domain)
+    if state != libvirt_rpc.PAUSED or _condition_of(state, reason) != "gone":
+        return ""
+    return f"libvirt has paused it {pause_reason(reason)}"
 
 
 def resume_domain(plan: LibvirtPlan) -> None:

@@ -41,7 +41,7 @@ from caesura_coordinator.metrics import CoordinatorCollector
 from caesura_coordinator.service import Coordinator
 from caesura_coordinator.settings import CoordinatorSettings
 from caesura_coordinator.store import CoordinatorStore
-from caesura_ctl.options import EXIT_CODES
+from caesura_ctl.errors import EXIT_CODES
 from caesura_ctl.settings import CtlSettings
 from caesura_host_updater.drivers.process.driver import ProcessDriver
 from caesura_host_updater.drivers.process.freezers import SignalFreezer

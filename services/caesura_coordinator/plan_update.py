@@ -13,7 +13,7 @@ from caesura.contract.messages import (
     Selection,
     UpdateRecord,
 )
-from caesura.lifecycle.budget import MIN_BUDGET_S, PREPARE_S, START_S, usable_s
+from caesura.lifecycle.budget import PREPARE_S, START_S, budget_refusal
 from caesura_coordinator.fleet_lookup import FleetLookup
 from caesura_coordinator.plan_kernel import RETURN_S
 
@@ -82,20 +82,10 @@ def slowest(fleet: FleetLookup, record: UpdateRecord, hosts: Iterable[str]) -> U
 
 def update_limits(record: UpdateRecord, policy: Policy, expected_s: float) -> Iterable[Refusal]:
     """Why the policy does not allow the update."""
-    usable = usable_s(policy.budget_s)
-    if record.impact == "pause" and policy.budget_s < MIN_BUDGET_S:
-        yield Refusal(
-            subject=record.update,
-            code="budget_too_short",
-            reason=f"a pause budget of {policy.budget_s:g} s is too short: resuming in time needs at least {MIN_BUDGET_S:g} s",
-        )
-    elif record.impact == "pause" and not _runs_before(record) and expected_s > usable:
-        yield Refusal(
-            subject=record.update,
-            code="budget_too_short",
-            reason=f"takes {expected_s:g} s, a pause budget of {policy.budget_s:g} s leaves {usable:.2f} s for it "
-            "(the rest is for the resume)",
-        )
+    if record.impact == "pause":
+        why = budget_refusal(policy.budget_s, 0.0 if _runs_before(record) else expected_s)
+        if why is not None:
+            yield Refusal(subject=record.update, code="budget_too_short", reason=why)
     if record.impact == "reboot" and not policy.allow_reboot:
         yield Refusal(
             subject=record.update,

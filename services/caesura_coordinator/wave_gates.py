@@ -14,8 +14,34 @@ from collections.abc import Collection, Iterable, Iterator
 from caesura.contract.messages import HostInventory, PlannedVm
 from caesura.contract.reasons import Reason, ReasonCode
 from caesura.lifecycle.command_compatibility import UPGRADE, missing
+from caesura_coordinator.decision import Decision
 from caesura_coordinator.fleet_lookup import FleetLookup, place
 from caesura_coordinator.members import members_of
+from caesura_coordinator.records import Wave
+
+
+def announcement_blockers(decision: Decision, wave: Wave) -> list[Reason]:
+    """Why the events of a wave may not be announced now, nor a wave that pauses nothing be started; empty when they may."""
+    return health_blockers(decision.fleet, wave.vms) or start_blockers(decision, wave)
+
+
+def start_blockers(decision: Decision, wave: Wave) -> list[Reason]:
+    """Why a wave that was announced may not start now; empty when it may. Its VMs' health was asked for at the announcement."""
+    done = {each.host for each in wave.completed_operations}
+    return placement_blockers(decision.fleet, wave.vms, done) or continuation_blockers(decision, wave)
+
+
+def continuation_blockers(decision: Decision, wave: Wave) -> list[Reason]:
+    """Why a wave that a previous run of this coordinator started may not be continued; empty when it may."""
+    return fence_blockers(
+        decision.fleet,
+        wave.domains,
+        decision.rollout.fence_hosts,
+        members_of(wave.vms).by_host,
+        epoch=decision.authority.epoch,
+        coordinator=decision.authority.coordinator,
+        own={each.operation for each in wave.operations},
+    )
 
 
 def fence_blockers(

@@ -23,7 +23,13 @@ from caesura_coordinator.records import (
 from caesura_coordinator.rollout_queue import first_not_before, keep_waiting, leave_queue
 from caesura_coordinator.text import join_reasons
 from caesura_coordinator.verification import host_verified, verify
-from caesura_coordinator.wave_gates import all_healthy, fence_blockers, health_blockers, placement_blockers
+from caesura_coordinator.wave_gates import (
+    all_healthy,
+    announcement_blockers,
+    continuation_blockers,
+    health_blockers,
+    start_blockers,
+)
 
 COMMAND_WINDOW_S = 30.0
 """s: hosts refuse a wave's command later than this after its start; a command delayed for that long should not be obeyed."""
@@ -70,10 +76,7 @@ def _from_pending(decision: Decision, wave: Wave) -> None:
             _announce(decision, wave, first_not_before(decision.rollout.policy, decision.ahead, decision.now))
         return
     _take_sets(decision)
-    blockers = (
-        health_blockers(decision.fleet, wave.vms) or _placement(decision, wave) or _fence(decision, wave)
-    )
-    if decision.blocked(wave, blockers):
+    if decision.blocked(wave, announcement_blockers(decision, wave)):
         return
     if nothing_pauses:
         _start(decision, wave)  # no VM is paused: no event is announced
@@ -115,23 +118,6 @@ def _announce(decision: Decision, wave: Wave, not_before: datetime) -> None:
         keep_waiting(decision, wave)
 
 
-def _placement(decision: Decision, wave: Wave) -> list[Reason]:
-    return placement_blockers(decision.fleet, wave.vms, {each.host for each in wave.completed_operations})
-
-
-def _fence(decision: Decision, wave: Wave) -> list[Reason]:
-    """Why the wave may not be started, or not be continued if a previous run of this coordinator started it."""
-    return fence_blockers(
-        decision.fleet,
-        wave.domains,
-        decision.rollout.fence_hosts,
-        members_of(wave.vms).by_host,
-        epoch=decision.authority.epoch,
-        coordinator=decision.authority.coordinator,
-        own={each.operation for each in wave.operations},
-    )
-
-
 def _from_scheduled(decision: Decision, wave: Wave) -> None:
     approvals = sum(bool(each.approved_by) for each in wave.events) if decision.time_passed else 0
     if approvals > wave.approvals_shown:
@@ -142,10 +128,7 @@ def _from_scheduled(decision: Decision, wave: Wave) -> None:
             return
         _take_sets(decision)
         # What was not asked when it was announced: the rollout ahead may have been aborted in the middle.
-        blockers = (
-            health_blockers(decision.fleet, wave.vms) or _placement(decision, wave) or _fence(decision, wave)
-        )
-        if decision.blocked(wave, blockers):
+        if decision.blocked(wave, announcement_blockers(decision, wave)):
             return
         wave = leave_queue(decision, decision.rollout.waves[wave.index])
     policy = decision.rollout.policy
@@ -174,7 +157,7 @@ def _from_scheduled(decision: Decision, wave: Wave) -> None:
         text = f"no answer of the agent by NotBefore: {join_reasons(silent, ', ')}"
         decision.halt(wave, [Reason("agent_silent", text)])
         return
-    if not decision.blocked(wave, _placement(decision, wave) or _fence(decision, wave)):
+    if not decision.blocked(wave, start_blockers(decision, wave)):
         _start(decision, wave)
 
 
@@ -244,7 +227,7 @@ def _fence_again(decision: Decision, wave: Wave) -> None:
     """
     if wave.fence_epoch == decision.authority.epoch:
         return
-    blockers = _fence(decision, wave)
+    blockers = continuation_blockers(decision, wave)
     why, codes = join_reasons(blockers), codes_of(blockers)
     epoch = wave.fence_epoch if why else decision.authority.epoch
     if (wave.waiting_for, wave.fence_epoch) != (why, epoch):

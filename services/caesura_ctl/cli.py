@@ -8,7 +8,8 @@ import click
 
 from caesura_ctl.commands import inspect, rollouts
 from caesura_ctl.commands.acl import acl
-from caesura_ctl.options import EXIT_CODES, Commands
+from caesura_ctl.errors import EXIT_CODES
+from caesura_ctl.options import Commands
 
 _EPILOG = f"""\b
 examples:

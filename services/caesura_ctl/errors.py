@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+import sys
+from typing import NoReturn
+
+import click
+import msgspec
+
 from caesura.runtime.errors import CaesuraError
+from caesura.runtime.visible import visible, visible_json
+
+EXIT_CODES = """exit codes:
+  0  done, or the rollout completed
+  1  the rollout halted, was aborted, or a rule did not hold
+  2  bad usage or configuration
+  3  refused: the plan or the request cannot be carried out
+  4  the broker cannot be reached
+  5  the coordinator does not answer
+  130  interrupted (a rollout that was started continues)
+  143  the same by SIGTERM"""
 
 
 class NotCompleted(CaesuraError):
@@ -55,3 +72,18 @@ def json_name(error: CaesuraError) -> str:
             return "NoAnswer"
         case _:
             return type(error).__name__
+
+
+def fail(error: CaesuraError, *, as_json: bool) -> None:
+    """Print the error on standard error, and exit with its code."""
+    if as_json:
+        fail_json(json_name(error), str(error), error.exit_code)
+    click.echo(f"caesura: {visible(str(error))}", err=True)
+    sys.exit(error.exit_code)
+
+
+def fail_json(error: str, reason: str, code: int) -> NoReturn:
+    """Print the error as one JSON document on standard error, and exit."""
+    line = msgspec.json.encode({"error": error, "reason": reason, "exit_code": code})
+    click.echo(visible_json(line), err=True)
+    sys.exit(code)

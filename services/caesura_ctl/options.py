@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import click
 import msgspec
@@ -23,22 +23,12 @@ from caesura.runtime.settings import read_settings
 from caesura_ctl.completion import complete
 from caesura_ctl.console import VisibleConsole, visible, visible_json
 from caesura_ctl.durations import BUDGET, DURATION, SOME_TIME
-from caesura_ctl.errors import RequestInterrupted, json_name
+from caesura_ctl.errors import EXIT_CODES, RequestInterrupted, fail, fail_json
 from caesura_ctl.name_params import NAME, SET_NAME
 from caesura_ctl.settings import CtlSettings
 from caesura_ctl.signals import EXIT_TERMINATED
 from caesura_ctl.terminable import Terminable
 from caesura_vmcontrol.freezer_control import FreezerChoice
-
-EXIT_CODES = """exit codes:
-  0  done, or the rollout completed
-  1  the rollout halted, was aborted, or a rule did not hold
-  2  bad usage or configuration
-  3  refused: the plan or the request cannot be carried out
-  4  the broker cannot be reached
-  5  the coordinator does not answer
-  130  interrupted (a rollout that was started continues)
-  143  the same by SIGTERM"""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -251,21 +241,6 @@ def wide_console() -> Console:
         if console.is_terminal or os.environ.get("COLUMNS", "").isdecimal()
         else VisibleConsole(highlight=False, markup=False, emoji=False, width=140)
     )
-
-
-def fail(error: CaesuraError, *, as_json: bool) -> None:
-    """Print the error on standard error, and exit with its code."""
-    if as_json:
-        fail_json(json_name(error), str(error), error.exit_code)
-    click.echo(f"caesura: {visible(str(error))}", err=True)
-    sys.exit(error.exit_code)
-
-
-def fail_json(error: str, reason: str, code: int) -> NoReturn:
-    """Print the error as one JSON document on standard error, and exit."""
-    line = msgspec.json.encode({"error": error, "reason": reason, "exit_code": code})
-    click.echo(visible_json(line), err=True)
-    sys.exit(code)
 
 
 def note(text: str, *, as_json: bool) -> None:

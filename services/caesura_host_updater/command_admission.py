@@ -15,7 +15,8 @@ from caesura.contract.messages import (
     VmRecord,
 )
 from caesura.contract.reasons import ReasonCode
-from caesura.lifecycle.budget import MIN_BUDGET_S, usable_s
+from caesura.lifecycle.budget import budget_refusal
+from caesura.lifecycle.proof import PAUSING
 from caesura_host_updater.epoch_authority import EpochAuthority, NotObeyed
 from caesura_host_updater.inventory.updates import Catalogue, UpdateFile
 
@@ -136,20 +137,13 @@ def _judge_update(command: StartOperation, host: Host) -> Refuse | Accept:
             missing = record.methods_missing.get(command.method, "this host does not know it")
             why = f"method {command.method} is not possible for VM {target.vm}: {missing}"
             return Refuse("method_unavailable", why)
-    if command.method not in ("live", "reboot") and command.budget_s < MIN_BUDGET_S:
-        return Refuse(
-            "budget_too_short",
-            f"a budget of {command.budget_s:g} s is too short: resuming in time needs at least {MIN_BUDGET_S:g} s",
-        )
+    # The plan was made by the same rule, and by what this host had published then.
+    why_not = budget_refusal(command.budget_s, command.hold_s) if command.method in PAUSING else None
+    if why_not is not None:
+        return Refuse("budget_too_short", why_not)
     if not command.update:
         if command.method != "freeze":
             return Refuse("command_invalid", f"method {command.method} without an update does nothing")
-        if command.hold_s > usable_s(command.budget_s):
-            return Refuse(
-                "budget_too_short",
-                f"holding for {command.hold_s:g} s does not fit a budget of {command.budget_s:g} s: "
-                f"at most {usable_s(command.budget_s):.2f} s do, the rest is for the resume",
-            )
         return Accept(None)
     update = host.catalogue.updates.get(command.update)
     if update is None:
@@ -165,13 +159,11 @@ def _judge_update(command: StartOperation, host: Host) -> Refuse | Accept:
             + (f" and vmm {update.vmm}" if update.vmm else "")
             + f": it is applied by method {update.method}, not by {command.method}",
         )
+    if command.method in ("freeze", "replace"):  # the others run the update before or after the pause
+        why_not = budget_refusal(command.budget_s, update.expected_s)
+        if why_not is not None:
+            return Refuse("budget_too_short", f"update {update.name} {why_not}")
     if command.method in ("freeze", "replace", "reboot"):
-        if command.method != "reboot" and update.expected_s > usable_s(command.budget_s):
-            return Refuse(
-                "budget_too_short",
-                f"update {update.name} takes some {update.expected_s:g} s, a budget of {command.budget_s:g} s "
-                f"leaves {usable_s(command.budget_s):.2f} s for it",
-            )
         named = {target.vm for target in command.targets}
         left = [vm for vm, record in host.vms.items() if record.state == "running" and vm not in named]
         if update.scope == "host" and left:

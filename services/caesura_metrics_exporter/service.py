@@ -1,4 +1,8 @@
-"""The metrics exporter's shell: reads the whole bus, folds it once, and updates ``FactCounters``, ``FleetMetricsView`` and ``LivePageState``."""
+"""The metrics exporter's shell: reads the whole bus and passes each message on, in this order.
+
+``StateFold`` folds what is state; ``FactCounters`` counts it, and says whether it is new; ``FleetMetricsView`` and ``LivePageState`` show it.
+A *resumed* fact takes the same way: its pause is observed in the histograms, ends in the current state, and is drawn on the live page.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,6 @@ from caesura.contract.parts import PARTS, Joiner
 from caesura.contract.topics import PREFIX, match_topic
 from caesura.runtime.logs import get_logger
 from caesura.runtime.sampler import Sampler
-from caesura_metrics_exporter.bus_fold import BusFold
 from caesura_metrics_exporter.live.page_state import LivePageState
 from caesura_metrics_exporter.live.stream import LiveStream
 from caesura_metrics_exporter.metrics.collector import FleetCollector, SelfStats
@@ -23,6 +26,7 @@ from caesura_metrics_exporter.metrics.counters import FactCounters
 from caesura_metrics_exporter.metrics.current_state import FleetMetricsView
 from caesura_metrics_exporter.metrics.series import Histogram
 from caesura_metrics_exporter.settings import MetricsExporterSettings
+from caesura_metrics_exporter.state_fold import StateFold
 
 _HANDLER_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.005, 0.01, 0.1)
 
@@ -51,7 +55,7 @@ class MetricsExporter:
         self._wall = wall
         self._own = SelfStats(handler=Histogram(_HANDLER_BUCKETS), began_s=monotonic())
         self.counters = FactCounters()
-        self._folded = BusFold()
+        self._folded = StateFold()
         self.fleet = FleetMetricsView(self._folded)
         self._joiner = Joiner()
         self._ownership = self._folded.state.ownership

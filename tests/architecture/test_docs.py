@@ -18,7 +18,7 @@ from caesura_ctl.cli import caesura
 from caesura_host_updater.inventory.host_config import parse_host_file
 from caesura_host_updater.inventory.updates import UpdateFile, parse_update
 from caesura_metadata_publisher.listeners import parse_listeners
-from caesura_rehearse.scenario_reader import parse_scenario
+from caesura_rehearse.scenarios.reader import parse_scenario
 from caesura_testing.patience import patient
 
 _ROOT = Path(__file__).parents[2]

@@ -97,7 +97,7 @@ def test_bad(number): assert False
     ("ci", "bad", "workers", "code"),
     [
         ("true", 0, "", 0),
-        ("true", 0, "-n 2", 0),
+        ("true", 0, "-p xdist -n 2", 0),
         ("true", 1, "", 1),
         ("true", 3, "", 1),
         ("false", 0, "", 1),
@@ -126,7 +126,9 @@ def pytest_configure(config):
     monkeypatch.setenv("CI", ci)
     monkeypatch.setenv("BAD", str(bad))
     monkeypatch.setenv("PYTHONPATH", str(_ROOT / "tests" / "support"))
-    _table(lanes, monkeypatch, tests=f"{sys.executable} -m pytest -q {workers} test_it.py", other="true")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # the others take most of the time of its start
+    pytest_command = f"{sys.executable} -m pytest -q {workers} test_it.py"
+    _table(lanes, monkeypatch, tests=pytest_command, other="true")
     assert lanes.main(["--jobs", "2"]) == code
     said = capfd.readouterr().out
     named = (

@@ -16,7 +16,8 @@ from caesura.runtime.command import leaves
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import configure_logging
 from caesura_ctl.durations import BUDGET, DURATION, SOME_TIME, show_duration
-from caesura_ctl.options import fail, freezer_option, wide_console
+from caesura_ctl.errors import fail
+from caesura_ctl.options import freezer_option, wide_console
 from caesura_demo.guests import MOST_VMS
 from caesura_demo.run import Demo, Options
 

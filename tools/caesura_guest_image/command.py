@@ -14,7 +14,8 @@ import msgspec
 from rich.console import Console
 
 from caesura.runtime.errors import CaesuraError
-from caesura_ctl.options import fail, print_json
+from caesura_ctl.errors import fail
+from caesura_ctl.options import print_json
 from caesura_guest_image.build import BuiltImage, build, default_cache
 from caesura_guest_image.packages import GuestError, Progress
 from caesura_guest_image.second import fetch_second

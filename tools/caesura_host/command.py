@@ -13,7 +13,8 @@ import msgspec
 from caesura.lifecycle.kernel_figures import RESERVE
 from caesura.lifecycle.loaded_kernel import LoadedKernel, carve_outs
 from caesura.runtime.errors import CaesuraError
-from caesura_ctl.options import fail, print_json
+from caesura_ctl.errors import fail
+from caesura_ctl.options import print_json
 from caesura_host.hook_files import HOOK_VERSION, installed_texts
 from caesura_host.host_files import HostError, HostFolder
 from caesura_host.kernel_command_line import BadCarveOut, parse_carve_out

@@ -11,7 +11,8 @@ from rich.markup import escape
 
 from caesura.runtime.errors import CaesuraError
 from caesura_ctl.durations import DURATION
-from caesura_ctl.options import fail, print_json
+from caesura_ctl.errors import fail
+from caesura_ctl.options import print_json
 from caesura_metadata_conformance.exchange import Ask, HttpTransport, NoAnswer, Reply
 from caesura_metadata_conformance.probe import Probe
 from caesura_metadata_conformance.rule import RuleResult

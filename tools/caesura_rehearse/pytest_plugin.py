@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from caesura_rehearse.fixture import Rehearsal
-    from caesura_rehearse.rehearsal_process import RehearsalProcess
+    from caesura_rehearse.testing.fixture import Rehearsal
+    from caesura_rehearse.testing.rehearsal_process import RehearsalProcess
 
 _FIXTURE = "caesura"
 
@@ -17,7 +17,7 @@ _FIXTURE = "caesura"
 @pytest.fixture(scope="session")
 def _caesura_process() -> Iterator[RehearsalProcess]:
     """The process in which rehearsals run, started once in a session (with xdist: in a worker)."""
-    from caesura_rehearse.rehearsal_process import RehearsalProcess as Process  # noqa: PLC0415 - see the module
+    from caesura_rehearse.testing.rehearsal_process import RehearsalProcess as Process  # noqa: PLC0415 - see the module
 
     process = Process()
     yield process
@@ -27,7 +27,7 @@ def _caesura_process() -> Iterator[RehearsalProcess]:
 @pytest.fixture
 def caesura(_caesura_process: RehearsalProcess) -> Iterator[Rehearsal]:
     """A rehearsal: order a Freeze, Reboot, Redeploy, Preempt or Terminate for the program that the test runs."""
-    from caesura_rehearse.fixture import Rehearsal as Opened  # noqa: PLC0415 - see the module
+    from caesura_rehearse.testing.fixture import Rehearsal as Opened  # noqa: PLC0415 - see the module
 
     yield Opened(_caesura_process, _caesura_process.open())
     _caesura_process.end()

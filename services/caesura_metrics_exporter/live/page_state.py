@@ -1,4 +1,4 @@
-"""The content of the live page: lanes, rollouts, pauses and a log. A view of ``BusFold``, and of the facts that it does not keep. Pure.
+"""The content of the live page: lanes, rollouts, pauses and a log. A view of ``StateFold``, and of the facts that it does not keep. Pure.
 
 Pauses are drawn by ``pause_timelines``, rollouts by ``rollout_timelines``, both on ``board``. Everything carries the
 revision of its last change, so that the changes since any revision can be sent without a queue for each reader. Times are unix seconds,
@@ -14,7 +14,6 @@ from caesura.contract.envelope import Message
 from caesura.contract.parts import WholeRollout
 from caesura.contract.topics import match_topic
 from caesura.fleet.fold import Changes
-from caesura_metrics_exporter.bus_fold import BusFold, FoldResult
 from caesura_metrics_exporter.live.activity import LogEntry, log_entry
 from caesura_metrics_exporter.live.alarms import ALARMS_SENT
 from caesura_metrics_exporter.live.board import KEPT_S, Board
@@ -23,6 +22,7 @@ from caesura_metrics_exporter.live.pause_timelines import PauseLanes
 from caesura_metrics_exporter.live.places import Places
 from caesura_metrics_exporter.live.rollout_timelines import RolloutLanes
 from caesura_metrics_exporter.rollout_index import OVER, ROLLOUTS_KEPT
+from caesura_metrics_exporter.state_fold import FoldResult, StateFold
 
 __all__ = ["KEPT_S", "PAUSED_SENT", "ROLLOUTS_KEPT", "LivePageState"]
 
@@ -37,8 +37,8 @@ class LivePageState:
         folded: a fold that the caller updates, passing each step; without it this view folds by itself.
     """
 
-    def __init__(self, folded: BusFold | None = None) -> None:
-        self._folded = folded if folded is not None else BusFold()
+    def __init__(self, folded: StateFold | None = None) -> None:
+        self._folded = folded if folded is not None else StateFold()
         self._state = self._folded.state
         self._rollouts = self._folded.rollouts
         places = Places(self._folded)

@@ -9,18 +9,18 @@ from msgspec.structs import replace
 
 from caesura.contract import messages as m
 from caesura.fleet.state import LocatedVm
-from caesura_metrics_exporter.bus_fold import BusFold
 from caesura_metrics_exporter.live.activity import Level, LogEntry
 from caesura_metrics_exporter.live.board import KEPT_S, Board
 from caesura_metrics_exporter.live.paused_vms import Paused
 from caesura_metrics_exporter.live.places import Places
 from caesura_metrics_exporter.live.timelines import OF_WAVE, Clock, PausePoint, Timeline
+from caesura_metrics_exporter.state_fold import StateFold
 
 
 class PauseLanes:
     """See the module. Facts are overlaid on inventories, since they arrive first."""
 
-    def __init__(self, board: Board, places: Places, folded: BusFold) -> None:
+    def __init__(self, board: Board, places: Places, folded: StateFold) -> None:
         self._board = board
         self._places = places
         self._folded = folded

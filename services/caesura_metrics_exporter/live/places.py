@@ -1,12 +1,12 @@
-"""The places of VMs, for the live page: the number per domain, and the domain key of a set. A view of ``BusFold``. Pure."""
+"""The places of VMs, for the live page: the number per domain, and the domain key of a set. A view of ``StateFold``. Pure."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 from caesura.fleet.state import LocatedVm
-from caesura_metrics_exporter.bus_fold import BusFold
 from caesura_metrics_exporter.live.timelines import DomainKey
+from caesura_metrics_exporter.state_fold import StateFold
 
 Place = tuple[DomainKey, int]
 
@@ -14,7 +14,7 @@ Place = tuple[DomainKey, int]
 class Places:
     """See the module. Only the VMs of fault domains are counted here: the fold counts those of update domains."""
 
-    def __init__(self, folded: BusFold) -> None:
+    def __init__(self, folded: StateFold) -> None:
         self._state = folded.state
         self._rollouts = folded.rollouts
         self._in_fault: Counter[tuple[str, int]] = Counter()

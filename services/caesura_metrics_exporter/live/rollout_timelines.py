@@ -6,12 +6,12 @@ from datetime import datetime
 
 from caesura.contract import messages as m
 from caesura.contract.parts import WholeRollout
-from caesura_metrics_exporter.bus_fold import BusFold
 from caesura_metrics_exporter.live.activity import Level, LogEntry
 from caesura_metrics_exporter.live.board import KEPT_S, Board
 from caesura_metrics_exporter.live.pause_timelines import PauseLanes
 from caesura_metrics_exporter.live.timelines import OF_WAVE, DomainKey
 from caesura_metrics_exporter.rollout_index import OVER
+from caesura_metrics_exporter.state_fold import StateFold
 
 _FINAL = frozenset({"completed", "failed", "cancelled"})
 _LEVELS: dict[str, Level] = {"completed": "good", "halted": "bad", "aborted": "warning"}
@@ -20,7 +20,7 @@ _LEVELS: dict[str, Level] = {"completed": "good", "halted": "bad", "aborted": "w
 class RolloutLanes:
     """See the module. The cost of a rollout's state depends on its size and on the lanes of the waves that changed."""
 
-    def __init__(self, board: Board, folded: BusFold, pauses: PauseLanes) -> None:
+    def __init__(self, board: Board, folded: StateFold, pauses: PauseLanes) -> None:
         self._board = board
         self._rollouts = folded.rollouts
         self._pauses = pauses

@@ -1,21 +1,20 @@
 """The fold of facts into counters and histograms. Pure.
 
-Facts may arrive twice (QoS 1, redelivery, a sender that repeats itself). Each is counted once, identified by its
-subject (an operation and a VM, an event and a status) or else by its CloudEvents source and id. Labels are
-bounded: never an event, a rollout or an operation.
+A fact that arrives twice is counted once: ``deduplication``. Labels are bounded: never an event, a rollout or an operation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.envelope import Message
 from caesura.lifecycle.proof import PAUSING, broken_codes, held_codes
+from caesura_metrics_exporter.deduplication import Deduplicator, identity_of
 from caesura_metrics_exporter.metrics.pauses import PauseLabels, labels_of
-from caesura_metrics_exporter.metrics.series import Counts, Deduplicator, Histogram
+from caesura_metrics_exporter.metrics.series import Counts, Histogram
 
 # From 1 ms (an in-place swap) to 60 s, with boundaries at the budget limit of 30 s and at usual smaller budgets.
 # Few, since they make up most of the series; the longest and the last pauses are exported exactly in addition.
@@ -86,7 +85,7 @@ class FactCounters:
         message = received.message
         kind = type(message).TYPE
         self.messages.add(kind)
-        if not self._seen.first(_identity(received)):
+        if not self._seen.first(identity_of(received)):
             self.duplicates.add(kind)
             return False
         self._count(message)
@@ -180,20 +179,3 @@ class FactCounters:
             self.update_seconds.observe(report.update.seconds, report.update.update)
         if report.overhead_s is not None:
             self.overhead.observe(report.overhead_s)
-
-
-def _identity(received: Received) -> Hashable:
-    """The identity of a fact, the same for a repetition with an id of its own."""
-    message = received.message
-    match message:
-        case m.VmFrozen() | m.VmResumed():
-            return (type(message).TYPE, message.operation, message.vm)
-        case m.VmClockSynced() if message.operation:
-            return (message.TYPE, message.operation, message.vm)
-        case m.EventChanged():
-            return (message.TYPE, message.event_id, message.status)
-        case m.OperationReported() | m.StartOperation() | m.AbortOperation():
-            status = message.status if isinstance(message, m.OperationReported) else ""
-            return (type(message).TYPE, message.host, message.operation, status)
-        case _:
-            return (received.header.source, received.header.id)

@@ -1,4 +1,4 @@
-"""The current state, for the metrics: hosts, VMs, agents, documents, rollouts, last clock verdicts. A view of ``BusFold``. Pure.
+"""The current state, for the metrics: hosts, VMs, agents, documents, rollouts, last clock verdicts. A view of ``StateFold``. Pure.
 
 The content of inventories is read from the fold; facts, which arrive sooner, are overlaid here and only here. State folds by
 overwriting, so a repeated message is harmless. Nothing expires: a host that died must be visible as dead until somebody
@@ -16,12 +16,12 @@ from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.contract.topics import match_topic
 from caesura.fleet.fold import Changes
-from caesura_metrics_exporter.bus_fold import BusFold, FoldResult
 from caesura_metrics_exporter.metrics.agents import Agents
 from caesura_metrics_exporter.metrics.census import Census, Counted, shown_state
 from caesura_metrics_exporter.metrics.guest_clocks import GuestClocks
 from caesura_metrics_exporter.metrics.pauses import Pauses
 from caesura_metrics_exporter.rollout_index import RolloutIndex
+from caesura_metrics_exporter.state_fold import FoldResult, StateFold
 
 _SET_KEPT_S = 900.0
 """s: the alerts' look-back window."""
@@ -44,8 +44,8 @@ class FleetMetricsView:
         folded: a fold that the caller updates, passing each step; without it this view folds by itself.
     """
 
-    def __init__(self, folded: BusFold | None = None) -> None:
-        self._folded = folded if folded is not None else BusFold()
+    def __init__(self, folded: StateFold | None = None) -> None:
+        self._folded = folded if folded is not None else StateFold()
         self._state = self._folded.state
         self.vm_states: dict[str, m.VmState] = {}
         """Maps a VM to its state if a fact arrived after its host's last inventory, since the fact is newer."""
@@ -304,7 +304,7 @@ class FleetMetricsView:
 class _Hosts(Mapping[str, HostState]):
     """A view."""
 
-    def __init__(self, folded: BusFold, received: Mapping[str, float]) -> None:
+    def __init__(self, folded: StateFold, received: Mapping[str, float]) -> None:
         self._state = folded.state
         self._received = received
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 
 Labels = tuple[str, ...]
 Buckets = tuple[tuple[int, ...], float]
@@ -145,24 +144,6 @@ class Largest:
                 return name, value
             heapq.heappop(self._heap)
         return None
-
-
-class Deduplicator:
-    """Remembers the newest ``limit`` keys, to recognise a repetition."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._keys: OrderedDict[Hashable, None] = OrderedDict()
-
-    def first(self, key: Hashable) -> bool:
-        """True the first time ``key`` is given, false while it is remembered."""
-        if key in self._keys:
-            self._keys.move_to_end(key)
-            return False
-        self._keys[key] = None
-        if len(self._keys) > self._limit:
-            self._keys.popitem(last=False)
-        return True
 
 
 def _first(labels: Labels) -> str:

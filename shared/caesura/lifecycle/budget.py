@@ -25,6 +25,18 @@ def usable_s(budget_s: float) -> float:
     return budget_s - 3 * margin_s(budget_s)
 
 
+def budget_refusal(budget_s: float, needs_s: float) -> str | None:
+    """Why a budget is too short for what happens during the pause, which takes ``needs_s`` seconds; None if it suffices."""
+    if budget_s < MIN_BUDGET_S:
+        return f"a pause budget of {budget_s:g} s is too short: resuming in time needs at least {MIN_BUDGET_S:g} s"
+    if needs_s > usable_s(budget_s):
+        return (
+            f"takes {needs_s:g} s, a pause budget of {budget_s:g} s leaves {usable_s(budget_s):.2f} s for it "
+            "(the rest is for the resume)"
+        )
+    return None
+
+
 def digest_by_s(budget_s: float) -> float:
     """Seconds after the start of a pause by which a digest of all memory must be done: the last third of the budget is for the resume."""
     # A small budget is mostly margins: there the update must end before the last third.

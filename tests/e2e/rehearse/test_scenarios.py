@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from caesura_rehearse.scenario_reader import shipped_names
+from caesura_rehearse.scenarios.reader import shipped_names
 from caesura_testing.rehearsing import Rehearsed
 
 pytestmark = pytest.mark.e2e

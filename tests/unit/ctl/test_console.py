@@ -17,7 +17,8 @@ from caesura.contract.topics import channel_of
 from caesura_ctl import errors, options
 from caesura_ctl.commands.inspect import _print_message
 from caesura_ctl.console import VisibleConsole, visible, visible_json
-from caesura_ctl.options import Context, fail, print_json
+from caesura_ctl.errors import fail
+from caesura_ctl.options import Context, print_json
 from caesura_ctl.settings import CtlSettings
 
 HOSTILE = "ok\x1b[2J\x9b31m\x85\u202egnp.exe\u2066\u200f\u061c\u2028\U000e0041 [/bold] [red]:smile:"

@@ -120,7 +120,7 @@ def test_who_has_no_authority_gets_no_answer(changes: dict[str, Any], why: str) 
         ({}, {"busy": "other-op"}, "busy with operation other-op"),
         ({"method": "swap"}, {}, "swap is not possible for VM a: no"),
         ({"update": "nope"}, {}, "not known"),
-        ({"budget_s": 3.0, "update": "", "hold_s": 2.5}, {}, "does not fit"),
+        ({"budget_s": 3.0, "update": "", "hold_s": 2.5}, {}, "takes 2.5 s"),
         ({"method": "live", "update": ""}, {}, "does nothing"),
         ({"targets": (_target("a"), _target("b", domain=1))}, {}, "VM b is in set web domain 0"),
         ({"targets": (_target("a"), _target("b", set_name="db"))}, {}, "the command says db domain 0"),

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caesura_metrics_exporter.metrics.series import Counts, Deduplicator, Histogram, Largest
+from caesura_metrics_exporter.deduplication import Deduplicator
+from caesura_metrics_exporter.metrics.series import Counts, Histogram, Largest
 
 BOUNDS = (0.1, 1.0, 30.0)
 

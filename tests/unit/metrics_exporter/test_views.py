@@ -20,12 +20,12 @@ from caesura.contract.codec import Received
 from caesura.contract.envelope import Header, Message
 from caesura.contract.parts import WholeRollout
 from caesura.contract.topics import channel_of
-from caesura_metrics_exporter.bus_fold import BusFold
 from caesura_metrics_exporter.live.page_json import Delta
 from caesura_metrics_exporter.live.page_state import LivePageState
 from caesura_metrics_exporter.metrics.current_state import FleetMetricsView
 from caesura_metrics_exporter.metrics.fleet_families import fleet_families
 from caesura_metrics_exporter.rollout_index import ROLLOUTS_KEPT, RolloutIndex
+from caesura_metrics_exporter.state_fold import StateFold
 from caesura_testing.rollouts import wave_state, whole_rollout
 
 AT = datetime(2026, 4, 20, 22, 26, 58, tzinfo=UTC)
@@ -40,7 +40,7 @@ class Exporter:
     """Both views of one fold, fed as the service feeds them."""
 
     def __init__(self) -> None:
-        self.folded = BusFold()
+        self.folded = StateFold()
         self.fleet = FleetMetricsView(self.folded)
         self.live = LivePageState(self.folded)
         self.now_s = 0.0

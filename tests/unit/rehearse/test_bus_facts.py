@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 from caesura.contract.messages import EventChanged, ScheduledEvent, SetDocument, VmFrozen, VmResumed
-from caesura_rehearse.bus_facts import Fact, FactLog, Place
-from caesura_rehearse.observations import EventRecord, Gap
+from caesura_rehearse.results.observations import EventRecord, Gap
+from caesura_rehearse.simulation.bus_facts import Fact, FactLog, Place
 
 BEGAN = datetime(2026, 11, 29, 1, 0, 0, tzinfo=UTC)
 PLACES = {

@@ -6,9 +6,9 @@ import pytest
 from click.testing import CliRunner
 
 from caesura_ctl.cli import caesura
-from caesura_rehearse.address import AddressRefused, with_port
-from caesura_rehearse.command import rehearse
-from caesura_rehearse.orders import MAX_PAUSE_S, MINIMUM_NOTICE_S, Order, OrderRefused, order_from
+from caesura_rehearse.commands.rehearse import rehearse
+from caesura_rehearse.network.address import AddressRefused, with_port
+from caesura_rehearse.simulation.orders import MAX_PAUSE_S, MINIMUM_NOTICE_S, Order, OrderRefused, order_from
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from caesura_rehearse.container_lookup import (
+from caesura_rehearse.targets.container import engine_socket
+from caesura_rehearse.targets.container_lookup import (
     ContainerFacts,
     ListedContainer,
     NoContainer,
@@ -18,7 +19,6 @@ from caesura_rehearse.container_lookup import (
     ways_to_metadata,
     why_not_paused,
 )
-from caesura_rehearse.container_target import engine_socket
 
 WEB = ListedContainer(name="shop-web-1", state="running", service="web", project="shop", folder="/src/shop")
 OTHER = ListedContainer(name="blog-web-1", state="running", service="web", project="blog", folder="/src/blog")

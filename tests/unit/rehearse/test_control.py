@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from caesura_rehearse.control import OPENAPI_FILE, control_app
-from caesura_rehearse.control_file import ControlAddress, NoRehearsal, find_control, folder_of_controls
-from caesura_rehearse.openapi import description, text
+from caesura_rehearse.control.api import OPENAPI_FILE, control_app
+from caesura_rehearse.control.file import ControlAddress, NoRehearsal, find_control, folder_of_controls
+from caesura_rehearse.control.openapi import description, text
 
 
 def test_the_openapi_file_is_fresh() -> None:
     assert OPENAPI_FILE.read_text(encoding="utf-8") == text(), (
-        "write it again: python -m caesura_rehearse.openapi >tools/caesura_rehearse/openapi.json"
+        "write it again: python -m caesura_rehearse.control.openapi >tools/caesura_rehearse/control/openapi.json"
     )
 
 

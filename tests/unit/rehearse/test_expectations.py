@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from caesura_rehearse.expectations import (
+from caesura_rehearse.results.expectations import (
     BadExpectation,
     Expectation,
     HeldOrNot,
@@ -13,7 +13,7 @@ from caesura_rehearse.expectations import (
     judge,
     parse_expectation,
 )
-from caesura_rehearse.observations import EventRecord, Gap, ProgramRecord, RolloutRecord
+from caesura_rehearse.results.observations import EventRecord, Gap, ProgramRecord, RolloutRecord
 
 
 def event(**given: object) -> EventRecord:

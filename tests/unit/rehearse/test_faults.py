@@ -6,7 +6,14 @@ import json
 
 import pytest
 
-from caesura_rehearse.faults import BadFault, DocumentHistory, Fault, FaultQueue, RequestFaults, parse_fault
+from caesura_rehearse.simulation.faults import (
+    BadFault,
+    DocumentHistory,
+    Fault,
+    FaultQueue,
+    RequestFaults,
+    parse_fault,
+)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from caesura_rehearse.members import SetMember, first_event, members_of, plan_waves
-from caesura_rehearse.orders import Order, OrderRefused
+from caesura_rehearse.simulation.members import SetMember, first_event, members_of, plan_waves
+from caesura_rehearse.simulation.orders import Order, OrderRefused
 
 WEB = members_of("web", 3)
 DB = members_of("db", 2)

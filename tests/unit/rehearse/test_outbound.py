@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from caesura_rehearse.outbound import RESOLVER, outbound_command, resolver_file, start_outbound
+from caesura_rehearse.network.outbound import RESOLVER, outbound_command, resolver_file, start_outbound
 from caesura_testing.patience import patient
 
 

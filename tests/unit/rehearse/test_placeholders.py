@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from caesura_rehearse.placeholders import UnknownPlaceholder, fill
+from caesura_rehearse.simulation.placeholders import UnknownPlaceholder, fill
 
 VALUES = {"vm": "web-2", "set": "web", "n": "2", "port": "8081"}
 

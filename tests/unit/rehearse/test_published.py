@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from caesura_rehearse import namespace
+from caesura_rehearse.network import namespace
 
 
 async def test_a_program_that_is_not_inside_yet_is_not_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:

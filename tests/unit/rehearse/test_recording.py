@@ -15,13 +15,11 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-import caesura_rehearse
 from caesura.runtime.errors import ConfigError
-from caesura_rehearse.command import rehearse
-from caesura_rehearse.observations import EventRecord, Observations
-from caesura_rehearse.pausing import NotPaused
-from caesura_rehearse.recorder import BadServer, Server, check_free
-from caesura_rehearse.recording import (
+from caesura_rehearse.commands.rehearse import rehearse
+from caesura_rehearse.recordings import recording
+from caesura_rehearse.recordings.recorder import BadServer, Server, check_free
+from caesura_rehearse.recordings.recording import (
     BadRecording,
     ChangeLog,
     RecordedLine,
@@ -33,7 +31,9 @@ from caesura_rehearse.recording import (
     schema,
     shifted,
 )
-from caesura_rehearse.replay import Replay
+from caesura_rehearse.recordings.replay import Replay
+from caesura_rehearse.results.observations import EventRecord, Observations
+from caesura_rehearse.targets.pause import NotPaused
 
 BEGAN = datetime(2026, 11, 29, 1, 0, 0, tzinfo=UTC)
 HEAD = RecordingHead(caesura_recording=1, server="http://169.254.169.254", began=BEGAN, every_s=1.0)
@@ -142,8 +142,8 @@ def test_not_before_is_as_far_away_as_it_was(speed: float) -> None:
 
 
 def test_the_schema_is_that_of_the_lines() -> None:
-    """Write it again: ``python -m caesura_rehearse.recording >tools/caesura_rehearse/recording.schema.json``."""
-    file = Path(caesura_rehearse.__file__).with_name("recording.schema.json")
+    """Write it again: ``python -m caesura_rehearse.recordings.recording >tools/caesura_rehearse/recordings/recording.schema.json``."""
+    file = Path(recording.__file__).with_name("recording.schema.json")
     assert json.loads(file.read_bytes()) == schema()
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from xml.etree import ElementTree as ET
 
-from caesura_rehearse.expectations import Expectation, HeldOrNot
-from caesura_rehearse.observations import (
+from caesura_rehearse.results.expectations import Expectation, HeldOrNot
+from caesura_rehearse.results.observations import (
     EventRecord,
     Gap,
     Observations,
     ProgramRecord,
     RefusedRequest,
 )
-from caesura_rehearse.report import Report, judge_all, junit, text_lines
+from caesura_rehearse.results.report import Report, judge_all, junit, text_lines
 
 _DOCUMENT = (
     b'{"DocumentIncarnation":%d,"Events":[{"EventId":"E-1","EventStatus":"%s","NotBefore":"","More":1}]}'

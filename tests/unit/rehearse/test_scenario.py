@@ -10,19 +10,19 @@ import pytest
 from click.testing import CliRunner
 
 from caesura.runtime.errors import ConfigError
-from caesura_rehearse.command import rehearse
-from caesura_rehearse.members import members_of
-from caesura_rehearse.orders import LaterPause
-from caesura_rehearse.scenario import FaultStep, OnEventStep, OrderStep, ScenarioError
-from caesura_rehearse.scenario_file import schema, schema_text
-from caesura_rehearse.scenario_reader import SHIPPED, parse_scenario, read_scenario, shipped_names
+from caesura_rehearse.commands.rehearse import rehearse
+from caesura_rehearse.scenarios.file_format import schema, schema_text
+from caesura_rehearse.scenarios.reader import SHIPPED, parse_scenario, read_scenario, shipped_names
+from caesura_rehearse.scenarios.scenario import FaultStep, OnEventStep, OrderStep, ScenarioError
+from caesura_rehearse.simulation.members import members_of
+from caesura_rehearse.simulation.orders import LaterPause
 
-SCHEMA_FILE = SHIPPED.with_name("scenario.schema.json")
+SCHEMA_FILE = SHIPPED / "scenario.schema.json"
 
 
 def test_the_schema_file_is_fresh() -> None:
     assert SCHEMA_FILE.read_text(encoding="utf-8") == schema_text(), (
-        "write it again: python -m caesura_rehearse.scenario_file >tools/caesura_rehearse/scenario.schema.json"
+        "write it again: python -m caesura_rehearse.scenarios.file_format >tools/caesura_rehearse/scenarios/scenario.schema.json"
     )
 
 

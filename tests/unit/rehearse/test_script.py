@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from caesura_rehearse.scenario import OnEventStep, OrderStep, Step
-from caesura_rehearse.scenario_reader import parse_scenario
-from caesura_rehearse.script import Script, Wait
+from caesura_rehearse.scenarios.reader import parse_scenario
+from caesura_rehearse.scenarios.scenario import OnEventStep, OrderStep, Step
+from caesura_rehearse.scenarios.script import Script, Wait
 
 
 class Stage:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from caesura_rehearse.conditions import Conditions
-from caesura_rehearse.faults import FaultQueue, RequestFaults, parse_fault
-from caesura_rehearse.members import SetMember, members_of
-from caesura_rehearse.observations import Observations
-from caesura_rehearse.orders import Order, OrderRefused
-from caesura_rehearse.simulated_coordinator import SimulatedCoordinator, UnknownEvent
-from caesura_rehearse.slots import Slot
+from caesura_rehearse.results.observations import Observations
+from caesura_rehearse.simulation.conditions import Conditions
+from caesura_rehearse.simulation.faults import FaultQueue, RequestFaults, parse_fault
+from caesura_rehearse.simulation.members import SetMember, members_of
+from caesura_rehearse.simulation.orders import Order, OrderRefused
+from caesura_rehearse.simulation.simulated_coordinator import SimulatedCoordinator, UnknownEvent
+from caesura_rehearse.simulation.slots import Slot
 
 LONG_S = 3600.0
 """Of a notice that no test waits for."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from caesura_rehearse.orders import LaterPause, Order
-from caesura_rehearse.speed import LEAST_S, at_speed
+from caesura_rehearse.simulation.orders import LaterPause, Order
+from caesura_rehearse.simulation.speed import LEAST_S, at_speed
 
 
 def test_waits_are_shortened_and_what_is_rehearsed_is_not() -> None:

@@ -29,10 +29,10 @@ async def test_objects_of_many_requests_start_no_full_collection() -> None:
     async with rare_full_collections():
         gc.callbacks.append(count)
         try:
-            kept = [[number] for number in range(2_000_000)]
+            kept = [[number] for number in range(500_000)]
         finally:
             gc.callbacks.remove(count)
-    assert len(kept) == 2_000_000
+    assert len(kept) == 500_000
     assert full == 0
 
 

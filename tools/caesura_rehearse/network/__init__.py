@@ -1,0 +1,1 @@
+"""Networks of programs: namespaces, the way out, addresses and ports."""

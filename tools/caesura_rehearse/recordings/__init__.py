@@ -1,0 +1,1 @@
+"""Recordings of a Scheduled Events server: made, read, and served again."""

@@ -1,0 +1,1 @@
+"""What a rehearsal has observed, what was expected of it, and the report."""

@@ -1,0 +1,1 @@
+"""What is paused: programs, processes, cgroups, containers, and the guards that resume them."""

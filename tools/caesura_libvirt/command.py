@@ -78,7 +78,10 @@ class _Domain(msgspec.Struct, frozen=True, kw_only=True):
 def _at(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option(
-            "--json", "as_json", is_flag=True, help="Print the result, and what goes wrong, as one JSON document."
+            "--json",
+            "as_json",
+            is_flag=True,
+            help="Print the result, and what goes wrong, as one JSON document.",
         ),
         click.option(
             "--binding",
@@ -86,7 +89,9 @@ def _at(command: Callable[..., None]) -> Callable[..., None]:
             metavar="FOLDER",
             help="The folder with libvirt's Python binding. Left out: what this Python has, else Debian's.",
         ),
-        click.option("--socket", default="", metavar="PATH", help="The daemon's socket. Left out: the usual one."),
+        click.option(
+            "--socket", default="", metavar="PATH", help="The daemon's socket. Left out: the usual one."
+        ),
         click.option(
             "--uri", default="qemu:///system", show_default=True, help="Which libvirt of this host."
         ),
@@ -105,7 +110,9 @@ def libvirt() -> None:
 @click.option("--set", "set_name", metavar="SET", help="The availability set that it is in.")
 @click.option("--update-domain", type=click.IntRange(0, 19), metavar="N", help="Its update domain, 0 to 19.")
 @click.option("--fault-domain", type=click.IntRange(0, 2), metavar="N", help="Its fault domain, 0 to 2.")
-@click.option("--name", "vm_name", metavar="NAME", help="What Caesura calls it, where its own name cannot be one.")
+@click.option(
+    "--name", "vm_name", metavar="NAME", help="What Caesura calls it, where its own name cannot be one."
+)
 @click.option("--agent/--no-agent", default=None, help="Whether caesura-vm-agent runs in it.")
 @click.option("--remove", is_flag=True, help="Remove the label.")
 @_at
@@ -216,7 +223,9 @@ def _changed(
         "name": vm_name,
         "agent": agent,
     }
-    changed = msgspec.structs.replace(before, **{key: value for key, value in said.items() if value is not None})
+    changed = msgspec.structs.replace(
+        before, **{key: value for key, value in said.items() if value is not None}
+    )
     try:
         if vm_name:
             check_name("VM", vm_name)

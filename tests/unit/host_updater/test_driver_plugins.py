@@ -241,7 +241,8 @@ def test_a_driver_that_cannot_be_used_is_refused_by_name(install: Install, code:
 
 def test_a_driver_that_is_not_installed_is_refused_with_what_is() -> None:
     with pytest.raises(
-        DriverUnusable, match="'magic' is not installed; installed: 'container' and 'libvirt' and 'process' and 'qemu'"
+        DriverUnusable,
+        match="'magic' is not installed; installed: 'container' and 'libvirt' and 'process' and 'qemu'",
     ):
         load_plugin("magic")
 

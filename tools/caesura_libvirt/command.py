@@ -12,7 +12,8 @@ import msgspec
 
 from caesura.contract.names import InvalidName, check_name
 from caesura.runtime.errors import CaesuraError
-from caesura_ctl.options import fail, print_json
+from caesura_ctl.errors import fail
+from caesura_ctl.options import print_json
 from caesura_host_updater.drivers.libvirt.connection import LibvirtConnection, LibvirtError
 from caesura_host_updater.drivers.libvirt.definition import (
     BadLabel,

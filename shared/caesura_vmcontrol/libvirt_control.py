@@ -24,18 +24,18 @@ _RUNS = (libvirt_rpc.RUNNING, libvirt_rpc.BLOCKED, libvirt_rpc.SUSPENDED)
 _ENDED = (libvirt_rpc.SHUTDOWN, libvirt_rpc.SHUTOFF, libvirt_rpc.CRASHED)
 
 
-class NotPaused(OSError):
+class DomainNotPaused(OSError):
     """The daemon did not pause a domain; the text says why."""
 
 
-class PausedBefore(NotPaused):
+class DomainPausedBefore(DomainNotPaused):
     """Somebody else had paused it."""
 
 
 def libvirt_condition(plan: LibvirtPlan) -> Condition:
     """What the daemon says, and QEMU where it does not answer.
 
-    A domain that its storage, a migration or a dump has paused is ``gone`` for us: nothing of ours leads there, and whatever
+    A domain that its storage, a migration or a dump has paused is ``gone`` for us: nothing that we do leads there, and whatever
     brought it there resumes it.
 
     Raises:
@@ -104,19 +104,19 @@ def suspend_domain(plan: LibvirtPlan, until: float) -> None:
     """Ask the daemon to pause a domain that runs.
 
     Raises:
-        PausedBefore, NotPaused: it did not run.
+        DomainPausedBefore, DomainNotPaused: it did not run.
         LibvirtSilent: it may be paused later.
         OSError: it was not paused.
     """
     with Libvirt(plan.socket, plan.uri, until) as daemon:
         domain = find(daemon, plan)
         if domain is None:
-            raise NotPaused("it has ended, was started again, or was migrated away")
+            raise DomainNotPaused("it has ended, was started again, or was migrated away")
         state, reason = daemon.state(domain)
         if state == libvirt_rpc.PAUSED:
-            raise PausedBefore(f"it was paused before ({pause_reason(reason)})")
+            raise DomainPausedBefore(f"it was paused before ({pause_reason(reason)})")
         if state not in _RUNS:
-            raise NotPaused("it does not run")
+            raise DomainNotPaused("it does not run")
         daemon.suspend(domain)
 
 

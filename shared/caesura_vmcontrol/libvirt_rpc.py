@@ -34,7 +34,7 @@ OPERATION_INVALID: Final = 55
 RUNNING, BLOCKED, PAUSED, SHUTDOWN, SHUTOFF, CRASHED, SUSPENDED = 1, 2, 3, 4, 5, 6, 7
 """virDomainState; SUSPENDED is the guest's own sleep."""
 PAUSED_BY_USER: Final = 1
-"""VIR_DOMAIN_PAUSED_USER: by whoever asked for a suspend, us included."""
+"""VIR_DOMAIN_PAUSED_USER: by a client that asked for a suspend, ourselves included."""
 
 _URI = re.compile(r"[a-z]+:///[a-z]+")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")

@@ -1,7 +1,7 @@
 """A real libvirtd with a state of its own: a session, of a user that is not root, in a folder.
 
 As root it runs as nobody: libvirtd decides by its user id whether it is the system's. Its guests are QEMU under TCG without a disk,
-whose firmware looks for one for ever.
+whose firmware looks for one indefinitely.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class LibvirtDaemon:
     def define(
         self, name: str, *, label: str = "", own_qmp: bool = False, devices: str = "", start: bool = True
     ) -> None:
-        """A domain, running unless told otherwise.
+        """A domain, running unless ``start`` is false.
 
         Args:
             label: our element's attributes, such as ``set='web' update-domain='0'``.

@@ -44,7 +44,7 @@ class LibvirtVm(VmSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A VM that is a domain."""
 
     agent: bool = False
-    """A domain has an agent of ours only if it was put into it; its label says so."""
+    """A domain has our agent only if it was put into it; its label says so."""
     uuid: str = ""
     """Set for each that was found. Not for the host file."""
     domain_name: str = ""

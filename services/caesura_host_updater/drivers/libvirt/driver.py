@@ -36,8 +36,8 @@ from caesura_host_updater.drivers.port import (
 from caesura_host_updater.drivers.shutdown_requests import ShutdownRequests
 from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.libvirt_control import (
-    NotPaused,
-    PausedBefore,
+    DomainNotPaused,
+    DomainPausedBefore,
     conditions,
     suspend_domain,
     why_not_ours,
@@ -361,13 +361,13 @@ class LibvirtDriver:
             raise FreezeFailed(vm, "it was too late to freeze it")
         try:
             suspend_domain(plan, by)
-        except PausedBefore as error:
+        except DomainPausedBefore as error:
             self._left[vm] = f"{_PAUSED_BEFORE}; {error}"
             raise FreezeFailed(vm, self._left[vm]) from error
         except LibvirtSilent as error:
             self._late[vm] = time.monotonic() + _LATE_S
             raise FreezeFailed(vm, f"{error}; if it is paused later it is resumed at once") from error
-        except (NotPaused, OSError) as error:
+        except (DomainNotPaused, OSError) as error:
             raise FreezeFailed(vm, str(error)) from error
         while (state := self._state(plan)) != "frozen":
             if state == "gone":

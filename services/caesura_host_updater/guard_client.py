@@ -108,13 +108,21 @@ class GuardClient:
         while True:
             answer = await self._ask({"do": "status"})
             if answer["state"] != "firing":
-                try:
-                    return None if answer["intent"] is None else Intent.from_json(answer["intent"])
-                except UnreadableIntent as error:
-                    raise GuardUnavailable(str(error)) from error
+                return self._intent_in(answer)
             await asyncio.sleep(
                 0.02
             )  # the guard does not notify us: it looks at the VMs every few milliseconds
+
+    async def held(self) -> Intent | None:
+        """What the guard holds now, whatever it is doing. Raises GuardUnavailable."""
+        return self._intent_in(await self._ask({"do": "status"}))
+
+    @staticmethod
+    def _intent_in(answer: dict[str, Any]) -> Intent | None:
+        try:
+            return None if answer["intent"] is None else Intent.from_json(answer["intent"])
+        except UnreadableIntent as error:
+            raise GuardUnavailable(str(error)) from error
 
     async def arm(
         self,

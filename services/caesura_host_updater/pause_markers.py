@@ -15,6 +15,7 @@ from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import Worker
 from caesura_vmcontrol import claims, markers
+from caesura_vmcontrol.boots import of_another_boot
 from caesura_vmcontrol.container_engine import EnginePlan
 from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.markers import Marker
@@ -107,13 +108,17 @@ class PauseMarkers:
                 return True  # a swap or replace: another process may have the guest by now
 
     async def claimed(self, plans: Mapping[str, ResumePlan | None]) -> list[str]:
-        """The VMs in the middle of a swap or replace that has begun: a claim names the process that has the guest, or the file."""
+        """The VMs in the middle of a swap or replace that has begun: a claim names the process that has the guest, or the file.
+
+        One that another boot left for a change of the kernel is in its files, even where its claims cannot be seen yet.
+        """
 
         def begun() -> list[str]:
             return [
                 vm
                 for vm, plan in plans.items()
-                if isinstance(plan, SwapPlan | ReplacePlan) and _owner(plan.claims) is not None
+                if isinstance(plan, SwapPlan | ReplacePlan)
+                and (of_another_boot(plan) or _owner(plan.claims) is not None)
             ]
 
         return await self._worker.do(begun)

@@ -14,7 +14,7 @@ try:
     from contextlib import suppress
     from typing import get_args
 
-    from caesura_pause_guard.arrival import arrive, examine, out_of_reach
+    from caesura_pause_guard.arrival import arrive, examine, out_of_reach, rehearse
     from caesura_pause_guard.output import Output
     from caesura_pause_guard.server import AlreadyRunning, GuardServer
     from caesura_vmcontrol.intent import IntentFile, UnreadableIntent
@@ -95,7 +95,9 @@ def _serve(argv: Sequence[str] | None) -> int:
         # Its VMs are not gone with that boot: their memory is in the carve-out, their state in files.
         log("guard.intent_of_a_left_kernel", operation=found.operation)
         try:
-            examine(found, folder, "guard", log)
+            arrival = examine(found, folder, "guard", log)
+            if found.kernel_change.rehearsal:
+                rehearse(arrival, log)
             found.plans = tuple(plan for plan in found.plans if not out_of_reach(found, plan))
             store.store(found)
         except OSError as error:

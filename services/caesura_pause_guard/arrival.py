@@ -22,12 +22,13 @@ from contextlib import contextmanager, suppress
 from caesura_vmcontrol import boot_counters, claims, kernel_clock
 from caesura_vmcontrol.boots import boot8
 from caesura_vmcontrol.durable_files import give_to_owner, sync_folder
+from caesura_vmcontrol.hardware_watchdog import HardwareWatchdog
 from caesura_vmcontrol.intent import Intent, IntentFile, UnreadableIntent
 from caesura_vmcontrol.kernel_change import Arrival, By, HostClock, KernelChange, Left, VmArrival
 from caesura_vmcontrol.procfs import boot_id
 from caesura_vmcontrol.qemu_control import condition, thaw
 from caesura_vmcontrol.qemu_plans import ReplacePlan
-from caesura_vmcontrol.ram_places import RamIdentity, dax_error, find_error
+from caesura_vmcontrol.ram_places import RamIdentity, carve_out_error, find_error
 from caesura_vmcontrol.resume_plans import ResumePlan
 from caesura_vmcontrol.watchdog import Log
 
@@ -40,13 +41,15 @@ _TRIES = 4  # of one guest, its command lines in turn; then the boot continues a
 _LOAD_S = 300.0  # s: the same, if each try takes long
 _LOCK_S = 120.0  # s: for another arrival to end; claims keep two apart even so
 _AGAIN_S = 0.01  # s: between two tries
-_REHEARSAL_S = 60.0  # s: for a QEMU without a guest to start and end
-_WATCHDOG = "/dev/watchdog"
-
-
-def carve_out_error(path: str) -> str:
-    """Why this is not the carve-out; a function of this module so that tests on ordinary folders can replace it."""
-    return dax_error(path) if os.path.ismount(path) else f"{path} is not mounted"
+_REHEARSAL_S = 120.0  # s: for a QEMU without a guest to start; as for one with a guest, see replacing
+_SAID = 200  # characters of what it says instead
+REHEARSAL = "rehearsal"
+"""In the place of a VM's name: the QEMU of a rehearsal."""
+_QEMU = ("/usr/bin/qemu-system-x86_64", "qemu-system-x86_64", "/usr/libexec/qemu-kvm", "qemu-kvm")
+_WITHOUT_GUEST = (
+    *("-S", "-nodefaults", "-no-user-config", "-display", "none"),
+    *("-machine", "q35,accel=kvm:tcg", "-m", "16"),
+)
 
 
 def arrive(folder: str, by: By, log: Log) -> int:
@@ -66,12 +69,12 @@ def arrive(folder: str, by: By, log: Log) -> int:
         store.store(intent)
         if change.rehearsal:
             with _phase(arrival, "load"):
-                _rehearse(log)
+                rehearse(arrival, log)
         else:
             with _phase(arrival, "load"):
                 _load_all(intent, arrival, log)
-        if change.watchdog_s:
-            _disarm_watchdog(log)
+        if change.watchdog_s and (why := HardwareWatchdog().disarm_former()):
+            log("arrival.hardware_watchdog", why=why)
         store.store(intent)
         ends = {each.end for each in arrival.vms.values()}
         log("arrival.ended", vms={vm: each.end for vm, each in arrival.vms.items()}, phases=arrival.phases)
@@ -97,9 +100,14 @@ def examine(intent: Intent, folder: str, by: By, log: Log) -> Arrival:
     if wrong and by == "initramfs":
         _undecided(intent, arrival, f"{wrong}; it is looked at again when the system is up")
         return arrival
+    rehearsed = arrival.vms.pop(REHEARSAL, None)
     arrival.doubts = _doubts(intent, change, arrival, folder, wrong)
     for doubt in arrival.doubts:
         log("arrival.doubt", why=doubt)
+    if rehearsed is not None and rehearsed.end == "running":
+        arrival.vms[REHEARSAL] = rehearsed
+    elif change.rehearsal and arrival.doubts:
+        arrival.vms[REHEARSAL] = VmArrival("lost", why="; ".join(arrival.doubts))
     for plan in intent.plans:
         there = arrival.vms.get(plan.vm)
         if isinstance(plan, ReplacePlan) and (there is None or there.end == "undecided"):
@@ -199,9 +207,10 @@ def _admit(plan: ReplacePlan, arrival: Arrival, wrong: str, log: Log) -> None:
 
 
 def _undecided(intent: Intent, arrival: Arrival, why: str) -> None:
-    for plan in intent.plans:
-        if plan.vm not in arrival.vms or arrival.vms[plan.vm].end == "undecided":
-            arrival.vms[plan.vm] = VmArrival("undecided", why=why)
+    rehearsal = intent.kernel_change is not None and intent.kernel_change.rehearsal
+    for vm in [REHEARSAL] if rehearsal else [plan.vm for plan in intent.plans]:
+        if vm not in arrival.vms or arrival.vms[vm].end == "undecided":
+            arrival.vms[vm] = VmArrival("undecided", why=why)
 
 
 def _load_all(intent: Intent, arrival: Arrival, log: Log) -> None:
@@ -280,47 +289,54 @@ def _make_folders(plan: ReplacePlan) -> None:
                 os.chown(each, across.uid, across.gid)
 
 
-def _rehearse(log: Log) -> None:
-    """A QEMU without a guest is started and ended: that is the part of a pause that no boot alone shows."""
-    program = shutil.which("qemu-system-x86_64")
-    if program is None:
-        log("arrival.no_qemu")
+def rehearse(arrival: Arrival, log: Log) -> None:
+    """A QEMU without a guest is started until it answers, and ended: that is the part of a pause that no boot alone shows."""
+    there = arrival.vms.get(REHEARSAL)
+    if there is not None and there.end != "undecided":
         return
-    argv = [
-        program,
-        "-S",
-        "-nodefaults",
-        "-no-user-config",
-        "-display",
-        "none",
-        "-machine",
-        "q35,accel=kvm:tcg",
-        "-m",
-        "16",
-    ]
-    with suppress(OSError, subprocess.TimeoutExpired):
-        subprocess.run(
-            [*argv, "-monitor", "stdio"],
-            input=b"quit\n",
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            timeout=_REHEARSAL_S,
-            check=False,
+    if there is None:
+        there = _throw_away()
+    arrival.vms[REHEARSAL] = there
+    log("arrival.rehearsal", end=there.end, why=there.why)
+
+
+def _throw_away() -> VmArrival:
+    program = next((each for each in map(shutil.which, _QEMU) if each is not None), None)
+    if program is None:
+        return VmArrival("lost", why=f"there is no QEMU here to start: {', '.join(_QEMU)}")
+    argv = (program, *_WITHOUT_GUEST, "-qmp", "stdio")
+    try:
+        process = subprocess.Popen(
+            argv, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd="/"
         )
-
-
-def _disarm_watchdog(log: Log) -> None:
-    """The one that the former kernel's guard armed, if this kernel's driver has taken it over."""
-    try:
-        handle = os.open(_WATCHDOG, os.O_WRONLY | os.O_CLOEXEC)
-    except OSError:
-        return  # there is none, or the system's own manager has it by now
-    try:
-        os.write(handle, b"V")
     except OSError as error:
-        log("arrival.hardware_watchdog", why=str(error))
+        return VmArrival("lost", why=f"{program}: {error.strerror or error}")
+    impatience = threading.Timer(_REHEARSAL_S, process.kill)
+    impatience.start()
+    try:
+        with process:
+            said = _greeted(process)
+            running_at = time.time()
+            process.kill()
     finally:
-        os.close(handle)
+        impatience.cancel()
+    if said:
+        return VmArrival("lost", why=f"{program} does not answer: {said}")
+    return VmArrival("running", running_at)
+
+
+def _greeted(process: subprocess.Popen[bytes]) -> str:
+    """Wait until QEMU has answered its first QMP command; what it said instead, if not."""
+    assert process.stdin is not None  # noqa: S101 - of _throw_away
+    assert process.stdout is not None  # noqa: S101 - of _throw_away
+    with suppress(OSError):
+        process.stdin.write(b'{"execute": "qmp_capabilities"}\n')
+    other = b""
+    for line in process.stdout:
+        if line.startswith(b'{"return"'):
+            return ""
+        other = line
+    return other.decode(errors="replace").strip()[:_SAID] or "it ended"
 
 
 @contextmanager

@@ -8,10 +8,8 @@ The guard does it and nobody else, for the guard is the one that would resume th
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
-import struct
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,6 +19,7 @@ from caesura_vmcontrol import boot_counters, claims
 from caesura_vmcontrol.boots import boot8
 from caesura_vmcontrol.bounded import CallTimeout, within
 from caesura_vmcontrol.claims import Owner
+from caesura_vmcontrol.hardware_watchdog import HardwareWatchdog
 from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.kernel_change import ClockPair, KernelChange, Left
 from caesura_vmcontrol.kernel_clock import NoCounter, RateMeasurement
@@ -30,9 +29,7 @@ from caesura_vmcontrol.qemu_plans import ReplacePlan
 from caesura_vmcontrol.watchdog import GuardRefusal, Log, Watchdog
 
 _LOADED = "/sys/kernel/kexec_loaded"
-_WATCHDOG = "/dev/watchdog"
 _RB_KEXEC = 0x45584543  # LINUX_REBOOT_CMD_KEXEC of include/uapi/linux/reboot.h
-_WDIOC_SETTIMEOUT = 0xC0045706  # include/uapi/linux/watchdog.h
 _SYNC_S = 2.0  # s: what must be durable was fsynced before; this is for everything else of the host
 _STORE_S = 2.0  # s: a handful of small files; the guests are paused
 
@@ -60,7 +57,7 @@ class ThisKernel:
     """See ``Kernel``."""
 
     def __init__(self) -> None:
-        self._watchdog: int | None = None
+        self._watchdog = HardwareWatchdog()
 
     def loaded(self) -> bool:
         """As sysfs says."""
@@ -72,22 +69,12 @@ class ThisKernel:
         os.sync()
 
     def arm_watchdog(self, seconds: int) -> str:
-        """The first one. It stays armed when the kernel goes: nothing closes it in an orderly way."""
-        try:
-            self._watchdog = os.open(_WATCHDOG, os.O_WRONLY | os.O_CLOEXEC)
-            fcntl.ioctl(self._watchdog, _WDIOC_SETTIMEOUT, struct.pack("i", seconds))
-        except OSError as error:
-            self.disarm_watchdog()
-            return f"{_WATCHDOG}: {error.strerror or error}"
-        return ""
+        """See ``HardwareWatchdog``."""
+        return self._watchdog.arm(seconds)
 
     def disarm_watchdog(self) -> None:
-        """The character that the kernel's watchdog API asks for, then an orderly close."""
-        if self._watchdog is not None:
-            with suppress(OSError):
-                os.write(self._watchdog, b"V")
-            os.close(self._watchdog)
-            self._watchdog = None
+        """See ``HardwareWatchdog``."""
+        self._watchdog.disarm()
 
     def start_loaded(self) -> None:
         """reboot(2)."""

@@ -42,6 +42,9 @@ def condition(plan: VmmPlan) -> Literal["running", "held", "frozen", "gone"]:
         return swapping.is_ours(plan) if isinstance(plan, SwapPlan) else replacing.is_ours(plan)
 
     if owner is None:
+        over = heir(plan) if isinstance(plan, ReplacePlan) and not os.path.isdir(plan.claims) else None
+        if over is not None and over.kind == "new":  # the operation is over, and was released
+            return look(over.pid, over.start_ticks, paths, ours=lambda: False, theirs=True)
         if alive(plan.old.pid, plan.old.start_ticks) or not isinstance(plan, SwapPlan):
             return look(plan.old.pid, plan.old.start_ticks, [plan.old.qmp], ours=ours, theirs=theirs)
         return look(plan.new.pid, plan.new.start_ticks, paths, ours=lambda: True)

@@ -13,7 +13,9 @@ import os
 import stat
 from dataclasses import dataclass
 
-_MOUNTS = "/proc/self/mounts"
+from caesura_vmcontrol.file_system_ids import file_system_id
+from caesura_vmcontrol.mounts import Mount, mount_of, read_mounts
+
 _WITH_DAX = frozenset(("ext4", "xfs"))
 
 
@@ -22,7 +24,7 @@ class RamIdentity:
     """What names a RAM file in every boot; a device's number may change with the order in which drivers find it.
 
     Args:
-        fs_id: the file system's id, hexadecimal: ext4 makes it of the UUID (``ext4_statfs``).
+        fs_id: the file system's UUID, see ``file_system_ids``.
         inode: the file's.
         size: in bytes.
     """
@@ -37,7 +39,7 @@ def identify(path: str) -> RamIdentity:
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         there = os.fstat(handle)
-        return RamIdentity(f"{os.fstatvfs(handle).f_fsid:016x}", there.st_ino, there.st_size)
+        return RamIdentity(file_system_id(handle), there.st_ino, there.st_size)
     finally:
         os.close(handle)
 
@@ -59,6 +61,11 @@ def find_error(path: str, identity: RamIdentity) -> str:
     return ""
 
 
+def carve_out_error(path: str) -> str:
+    """Why this is not the mount point of a file system that guests' RAM can be in over a change of the kernel; empty: it is."""
+    return dax_error(path) if os.path.ismount(path) else f"nothing is mounted at the carve-out {path}"
+
+
 def dax_error(path: str) -> str:
     """Why what is at ``path`` does not stay when the kernel goes; empty: it does.
 
@@ -72,30 +79,27 @@ def dax_error(path: str) -> str:
     if stat.S_ISCHR(there.st_mode):
         return "" if os.path.realpath(path).startswith("/dev/dax") else f"{path} is not a DAX device"
     try:
-        kind, place, options = _mount_of(os.path.realpath(path))
+        mount = mount_of(read_mounts(), os.path.realpath(path))
     except OSError as error:
         return f"its mount cannot be looked at: {error.strerror or error}"
-    if kind not in _WITH_DAX:
+    return mount_dax_error(mount, has_dax=_has_dax(there.st_dev))
+
+
+def mount_dax_error(mount: Mount | None, *, has_dax: bool) -> str:
+    """As ``dax_error``, of a file system. Pure.
+
+    Args:
+        mount: where the file is; None: nowhere.
+        has_dax: whether the device of that file system has DAX.
+    """
+    if mount is None or mount.kind not in _WITH_DAX:
+        kind, place = ("nothing", "its place") if mount is None else (mount.kind, mount.place)
         return f"{place} is {kind}, not ext4 or xfs with dax=always: guests' RAM there ends with the kernel"
-    if not {"dax=always", "dax"} & options:
-        return f"{place} is not mounted with dax=always: guests' RAM there ends with the kernel"
-    if not _has_dax(there.st_dev):
-        return f"the device of {place} has no DAX: guests' RAM there ends with the kernel"
+    if not {"dax=always", "dax"} & set(mount.options):
+        return f"{mount.place} is not mounted with dax=always: guests' RAM there ends with the kernel"
+    if not has_dax:
+        return f"the device of {mount.place} has no DAX: guests' RAM there ends with the kernel"
     return ""
-
-
-def _mount_of(path: str) -> tuple[str, str, frozenset[str]]:
-    """Type, mount point and options of the file system with this path; of two at one place the last one. Raises OSError."""
-    found = ("nothing", "/", frozenset[str]())
-    with open(_MOUNTS, encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            _, place, kind, options, *_ = line.split(" ")
-            # proc(5): space, tab, newline and backslash are octal.
-            place = place.encode("latin-1", "surrogateescape").decode("unicode_escape")
-            inside = path == place or path.startswith(place.rstrip("/") + "/")
-            if inside and len(place) >= len(found[1]):
-                found = (kind, place, frozenset(options.split(",")))
-    return found
 
 
 def _has_dax(device: int) -> bool:

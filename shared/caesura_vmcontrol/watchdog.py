@@ -307,7 +307,9 @@ class Watchdog:
                     "",
                     None,
                 )  # not complete whatever it does: try again
-            elif intervention.end and not before:
+                continue
+            changed |= self._note_arrival(intent, each.vm, each.state, each.at)
+            if intervention.end and not before:
                 self._log("guard.vm_settled", vm=each.vm, end=intervention.end, owner=intervention.owner)
         if changed and intent.fired is not None and intent.fired.done:
             self._save()
@@ -363,8 +365,6 @@ class Watchdog:
                 "running",
             ):  # it was only believed to be gone
                 intervention.end, intervention.running_at = state, at
-            if self._note_arrival(self._intent, vm, state, at):
-                return True
         return asdict(intervention) != before
 
     def _held(self, plan: ResumePlan, table: Mapping[int, Process] | None) -> bool:

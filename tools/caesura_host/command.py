@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from caesura.lifecycle.kernel_figures import RESERVE
-from caesura.lifecycle.loaded_kernel import LoadedKernel, carve_outs
+from caesura.lifecycle.loaded_kernel import CARVE_OUT, LoadedKernel, carve_outs
 from caesura.runtime.errors import CaesuraError
 from caesura_ctl.errors import fail
 from caesura_ctl.options import print_json
@@ -120,7 +120,7 @@ def _guarded(work: Callable[[], int], *, as_json: bool) -> None:
 )
 @click.option(
     "--carve-out",
-    default="/var/lib/caesura/carve-out",
+    default=CARVE_OUT,
     show_default=True,
     help="Where its file system is mounted.",
 )

@@ -25,6 +25,7 @@ from caesura_host.preparation import (
     settings_of,
     with_block,
 )
+from caesura_vmcontrol.mounts import mount_of, mounts_in
 
 DEVICE = "/dev/pmem0"
 _TOOLS = ("kexec", "update-initramfs", "lsinitramfs", "mkfs.ext4", "blkid")
@@ -144,11 +145,8 @@ class HostFolder:
             return ""  # blkid fails where there is nothing; what it does not know, mkfs.ext4 would overwrite: --apply asks
 
     def _mount_options(self, carve_out: str) -> str | None:
-        for line in (self._text("/proc/mounts") or "").splitlines():
-            _, place, _, options, *_ = line.split(" ")
-            if place == carve_out:
-                return options
-        return None
+        mount = mount_of(mounts_in(self._text("/proc/mounts") or ""), carve_out)
+        return ",".join(mount.options) if mount is not None and mount.place == carve_out else None
 
     def apply(self, wanted: WantedPreparation, found: Sequence[Step], say: Callable[[str], None]) -> None:
         """Make what is not done and can be made.

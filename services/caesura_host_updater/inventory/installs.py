@@ -8,6 +8,7 @@ from datetime import datetime
 import msgspec
 
 from caesura.contract.messages import InstalledUpdate
+from caesura.lifecycle.proof import SUCCEEDING
 from caesura_host_updater.inventory.updates import Catalogue
 from caesura_host_updater.operation.state import Operation
 
@@ -28,7 +29,7 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True):
 def marks_of(op: Operation, at: datetime) -> tuple[Mark, ...]:
     """What to remember of an operation that ended."""
     # The new VMM of a swap or replace may be installed while a guest still runs in the old one; a kernel may be loaded and not run.
-    whole = op.method not in ("swap", "replace", "kexec") or op.end == "completed"
+    whole = op.method not in SUCCEEDING or op.end == "completed"
     return tuple(
         Mark(
             update=op.update,

@@ -8,8 +8,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-CARVE_OUT = "/var/lib/caesura/carve-out"
-"""Where the file system in the carve-out is mounted, unless the host file says otherwise."""
+from caesura.lifecycle.loaded_kernel import CARVE_OUT
 
 
 class KernelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -13,21 +13,13 @@ from caesura.contract.messages import KernelFigure
 from caesura.lifecycle.kernel_figures import budget_error, newest_figure
 from caesura.lifecycle.loaded_kernel import LoadedKernel, carve_outs
 from caesura_host_updater.inventory.kernel_options import KernelOptions
+from caesura_vmcontrol.mounts import Mount, mount_of
 
 CHECK = "`caesura host prepare-kexec --check` says what is missing"
 _VOLATILE = frozenset(("tmpfs", "ramfs", "overlay", "squashfs"))
 """File systems that do not outlive a kernel, or may not."""
 CAP_SYS_BOOT = 22
 """linux/capability.h"""
-
-
-class Mount(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of ``/proc/mounts``."""
-
-    device: str
-    place: str
-    kind: str
-    options: tuple[str, ...]
 
 
 class KernelFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +32,8 @@ class KernelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """The content of ``/sys/kernel/kexec_loaded``; empty where this kernel has none."""
     loaded: LoadedKernel | None
     mounts: tuple[Mount, ...]
+    carve_out_error: str
+    """Why guests' RAM in it would not stay; empty: it does."""
     state_dir: str
     guard_capabilities: int | None
     """The guard's effective ones; None: it cannot be seen."""
@@ -49,36 +43,12 @@ class KernelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """The broker's address, where that is this host's."""
 
 
-def mounts_in(text: str) -> tuple[Mount, ...]:
-    """The lines of ``/proc/mounts``, in order; spaces in names are ``\\\\040`` there."""
-    found = []
-    for line in text.splitlines():
-        words = [
-            word.replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\")
-            for word in line.split(" ")
-        ]
-        if len(words) >= 4:
-            found.append(
-                Mount(device=words[0], place=words[1], kind=words[2], options=tuple(words[3].split(",")))
-            )
-    return tuple(found)
-
-
-def mount_of(mounts: Iterable[Mount], path: str) -> Mount | None:
-    """The mount that holds an absolute path: the longest place, and of equal ones the last."""
-    best: Mount | None = None
-    for each in mounts:
-        inside = each.place in (path, "/") or path.startswith(f"{each.place}/")
-        if inside and (best is None or len(each.place) >= len(best.place)):
-            best = each
-    return best
-
-
-def obstacles(facts: KernelFacts, options: KernelOptions) -> Iterator[str]:
+def obstacles(facts: KernelFacts) -> Iterator[str]:
     """What is in the way whatever the kernel."""
     if not carve_outs(facts.command_line):
         yield f"the running kernel keeps no carve-out (memmap=SIZE!START on its command line): {CHECK}"
-    yield from _of_carve_out(facts, options)
+    if facts.carve_out_error:
+        yield f"{facts.carve_out_error}; {CHECK}"
     state = mount_of(facts.mounts, facts.state_dir)
     if state is None or state.kind in _VOLATILE:
         kind = state.kind if state is not None else "no mount"
@@ -94,17 +64,6 @@ def obstacles(facts: KernelFacts, options: KernelOptions) -> Iterator[str]:
         )
     elif facts.broker_here:
         yield f"the broker {facts.broker_here} is on this host, and would be away in the pause of its VMs: use one on another host"
-
-
-def _of_carve_out(facts: KernelFacts, options: KernelOptions) -> Iterator[str]:
-    there = next((each for each in reversed(facts.mounts) if each.place == options.carve_out), None)
-    if there is None:
-        yield f"nothing is mounted at the carve-out {options.carve_out}: {CHECK}"
-    elif not there.device.startswith(("/dev/pmem", "/dev/dax")):
-        yield f"{options.carve_out} is on {there.device}, which is not persistent memory: {CHECK}"
-    elif "dax=always" not in there.options:
-        # Without it pages are in the page cache, which ends with this kernel.
-        yield f"{options.carve_out} is mounted without dax=always: guests' memory would be in the page cache; {CHECK}"
 
 
 def loaded_error(facts: KernelFacts, options: KernelOptions, release: str) -> str:

@@ -21,10 +21,11 @@ from caesura_host_updater.kernel.preflight import (
     KernelFacts,
     figure_error,
     loaded_error,
-    mounts_in,
     obstacles,
 )
 from caesura_vmcontrol.kernel_change import KernelChange
+from caesura_vmcontrol.mounts import mounts_in
+from caesura_vmcontrol.ram_places import carve_out_error
 
 _LOOK_S = 10.0  # s: between two looks for the inventory
 _READ_S = 5.0  # s: for one look, which takes milliseconds
@@ -49,6 +50,7 @@ class KernelReadiness:
         broker_host: where the broker is, as the settings say.
         changed: called when what the inventory says of the kernel has changed.
         root: where the host's files are; another one in tests only.
+        carve_out_error: why guests' RAM would not stay there; injected by tests only.
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class KernelReadiness:
         broker_host: str,
         changed: Callable[[], None],
         root: Path = Path("/"),
+        carve_out_error: Callable[[str], str] = carve_out_error,
     ) -> None:
+        self._carve_out_error = carve_out_error
         self._options = options
         self._state_dir = state_dir
         self._guard_pid = guard_pid
@@ -91,7 +95,7 @@ class KernelReadiness:
             record = HostKernel(
                 release=facts.release,
                 kexec=True,
-                problems=tuple(each[:_TEXT] for each in obstacles(facts, self._options)),
+                problems=tuple(each[:_TEXT] for each in obstacles(facts)),
                 figures=figures,
             )
         if record != self.record:
@@ -108,7 +112,7 @@ class KernelReadiness:
             facts, figures = await self._found()
         except _NotSeen as error:
             return str(error)
-        wrong = list(obstacles(facts, self._options))
+        wrong = list(obstacles(facts))
         wrong += (loaded_error(facts, self._options, release), figure_error(figures, release, budget_s))
         return "; ".join(each for each in wrong if each)
 
@@ -143,6 +147,7 @@ class KernelReadiness:
             kexec_loaded=_optional(self._root / "sys/kernel/kexec_loaded"),
             loaded=self._loaded(),
             mounts=mounts_in((proc / "self/mounts").read_text(errors="replace")),
+            carve_out_error=self._carve_out_error(self._options.carve_out),
             state_dir=str(self._state_dir),
             guard_capabilities=_capabilities(proc, self._guard_pid()),
             services=_services(proc),

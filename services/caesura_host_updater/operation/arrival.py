@@ -47,6 +47,26 @@ def arrived(op: Operation, change: KernelChange | None, *, wall_s: float, now: f
     return msgspec.structs.replace(op, end="failed" if op.failure else "completed")
 
 
+def undecided(record: Intent, boot_id: str) -> list[str]:
+    """The VMs of which the guard does not know yet what became of them, each with the reason: they may be resumed later.
+
+    ``boot_id``: the present boot's.
+    """
+    change = record.kernel_change
+    if change is None:
+        return []
+    if change.arrival is None or change.arrival.boot_id != boot_id:
+        return ["this boot has not looked at their memory yet"]
+    waiting = []
+    for plan in record.plans:
+        there = change.arrival.vms.get(plan.vm)
+        if there is None or there.end == "undecided":
+            waiting.append(
+                f"VM {plan.vm}: {(there.why if there is not None else '') or 'it is in its files'}"
+            )
+    return waiting
+
+
 def figure_of(op: Operation, change: KernelChange | None, at: datetime) -> KernelFigure | None:
     """The pause that was measured: of the VM that was paused longest. None: not every VM runs, or nothing was measured.
 
@@ -67,7 +87,7 @@ def rehearsal_figure(intent: Intent, at: datetime) -> KernelFigure | None:
     change = intent.kernel_change
     if change is None or not change.rehearsal or change.left is None or change.arrival is None:
         return None
-    ready = [vm.running_at for vm in change.arrival.vms.values()]
+    ready = [vm.running_at for vm in change.arrival.vms.values() if vm.end == "running"]
     if change.arrival.release != change.expected_release or not ready:
         return None
     seconds = max((each - change.left.pair.realtime for each in ready if each is not None), default=0.0)

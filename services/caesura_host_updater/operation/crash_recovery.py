@@ -23,7 +23,7 @@ from caesura_host_updater.drivers.port import Driver, DriverError, NotRunningYet
 from caesura_host_updater.guard_client import GuardClient, GuardUnavailable
 from caesura_host_updater.inventory.installs import marks_of
 from caesura_host_updater.journal import Journal, JournalEntry, JournalThread
-from caesura_host_updater.operation.arrival import arrived, figure_of, rehearsal_figure
+from caesura_host_updater.operation.arrival import arrived, figure_of, rehearsal_figure, undecided
 from caesura_host_updater.operation.crash_outcome import recovered
 from caesura_host_updater.operation.facts import FactFactory
 from caesura_host_updater.operation.finalizer import OperationFinalizer
@@ -40,6 +40,7 @@ from caesura_vmcontrol.procfs import boot_id
 _RESUME_TRY_S = 0.25  # s: one try of a resume
 _ORPHANS_S = 10.0  # s: to find what an update left behind; stuck processes take half a second each
 _PATIENCE_S = 10.0  # s: VMs found frozen are retried this long before the host joins the bus without them
+_ASK_S = 1.0  # s: between two questions to the guard about VMs that wait in their files
 
 _log = get_logger("caesura.recovery")
 
@@ -102,6 +103,7 @@ class CrashRecovery:
         self._pauses = pauses
         self._has_clock = has_clock
         self._held: Intent | None = None
+        self._guard_answered = False
         self._resumed = dict(resumed)
         self._adopted = False
         self._unsaved: list[tuple[OperationReported, Operation, list[OutboxMessage], list[ClockCheck]]] = []
@@ -117,6 +119,7 @@ class CrashRecovery:
         self._adopted = True
         try:
             self._held = await self._guard.start()
+            self._guard_answered = True
         except GuardUnavailable as error:
             _log.error("guard.absent", why=str(error))  # fails closed: nothing will be frozen without it
         await self._driver.open()
@@ -131,9 +134,15 @@ class CrashRecovery:
         if not self._adopted:
             await self.resume_paused()
         held, resumed_now = self._held, self._resumed
+        arriving = False
         for entry in await self._journal.do(Journal.unfinished):
             await self._end_orphans(entry)
-            if entry.state is not None and entry.state.method == "reboot":
+            if _left_its_kernel(entry) and not (self._guard_answered and _is_decided(held, entry.id)):
+                # Its end is published when the guard says what became of every VM, however long that takes: one that waits
+                # in its files is not lost.
+                arriving = True
+                self.late.append(asyncio.create_task(self._end_arrived(entry, epoch)))
+            elif entry.state is not None and entry.state.method == "reboot":
                 # Its end is published when its VMs are up: that may take as long as a guest takes to shut down and boot.
                 self.late.append(asyncio.create_task(self._end_reboot(entry, entry.state, epoch)))
             elif waits := self._unsettled(entry):
@@ -141,17 +150,63 @@ class CrashRecovery:
                 self.late.append(asyncio.create_task(self._end_late(entry, waits, held, resumed_now, epoch)))
             else:
                 await self._end(entry, held, resumed_now, epoch)
-        if held is not None:
-            await self._keep_figure(rehearsal_figure(held, datetime.now(UTC)))
-            try:
-                await self._guard.disarm(held.operation)
-            except GuardUnavailable as error:
-                _log.error("guard.not_disarmed", operation=held.operation, why=str(error))
+        if held is not None and not arriving:
+            await self._keep_rehearsal(held)
+            await self._disarm(held.operation)
+        done = self._resuming - set(self.late)
+        if arriving:
+            self.late += done
+            return
         # Not before the guard released the operation: what was prepared defines its way out.
         self._guard_released.set()
-        done = self._resuming - set(self.late)
         if done:
             await asyncio.wait(done)
+
+    async def _disarm(self, operation: str) -> bool:
+        try:
+            await self._guard.disarm(operation)
+        except GuardUnavailable as error:
+            _log.error("guard.not_disarmed", operation=operation, why=str(error))
+            return False
+        return True
+
+    async def _end_arrived(self, entry: JournalEntry, epoch: int) -> None:
+        """Ask the guard until it says what became of every VM; then the end is published, and the guard is disarmed."""
+        said = ""
+        while True:
+            try:
+                record = await self._guard.held()
+            except GuardUnavailable as error:
+                why = str(error)
+            else:
+                if _is_decided(record, entry.id):
+                    break
+                why = "; ".join(undecided(record, boot_id())) if record is not None else ""
+            if why != said:
+                _log.error("operation.not_arrived", operation=entry.id, why=why)
+                said = why
+            await asyncio.sleep(_ASK_S)
+        ended = await self._ended(entry, record, self._resumed, epoch)
+        if ended is not None:
+            report, op, facts, waits = ended
+            await self._finalizer.finalize(report, op, waits, facts)
+        while True:
+            if record is None or await self._disarm(record.operation):
+                break
+            await asyncio.sleep(_ASK_S)
+        self._guard_released.set()
+
+    async def _keep_rehearsal(self, held: Intent) -> None:
+        figure = rehearsal_figure(held, datetime.now(UTC))
+        await self._keep_figure(figure)
+        change = held.kernel_change
+        if figure is None and change is not None and change.rehearsal:
+            found = change.arrival.vms.items() if change.arrival is not None else ()
+            why = (
+                "; ".join(each.why for _, each in found if each.why)
+                or "the kernel was not left, or another one runs"
+            )
+            _log.error("rehearsal.not_measured", kernel=change.expected_release, why=why)
 
     async def _keep_figure(self, figure: KernelFigure | None) -> None:
         if figure is not None and self._measured is not None:
@@ -287,7 +342,7 @@ class CrashRecovery:
             return None
         command = entry.command
         same_boot = entry.boot_id == boot_id()
-        if entry.state.method == "kexec" and not same_boot and entry.state.phase not in BEFORE_SAVING:
+        if _left_its_kernel(entry):
             change = held.kernel_change if held is not None and held.operation == entry.id else None
             op = arrived(entry.state, change, wall_s=time.time(), now=time.monotonic())
             await self._keep_figure(figure_of(op, change, datetime.now(UTC)))
@@ -306,3 +361,19 @@ class CrashRecovery:
         states = await states_within(self._driver, STATES_S)
         report = final_report(self._host, command, op, epoch, states, datetime.now(UTC))
         return report, op, messages, waits
+
+
+def _left_its_kernel(entry: JournalEntry) -> bool:
+    """Whether its VMs were being saved, or were saved, when another kernel followed."""
+    state = entry.state
+    return (
+        state is not None
+        and state.method == "kexec"
+        and entry.boot_id != boot_id()
+        and state.phase not in BEFORE_SAVING
+    )
+
+
+def _is_decided(record: Intent | None, operation: str) -> bool:
+    """Whether the guard knows what became of every VM of an operation, or knows nothing of it."""
+    return record is None or record.operation != operation or not undecided(record, boot_id())

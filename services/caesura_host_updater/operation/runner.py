@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from caesura.contract.messages import StartOperation, VmFrozen, VmResumed
 from caesura.contract.reasons import ReasonCode
+from caesura.lifecycle.proof import SUCCEEDING
 from caesura.runtime.errors import StoreError
 from caesura.runtime.logs import get_logger
 from caesura_host_updater.drivers.port import (
@@ -188,7 +189,7 @@ class OperationRunner:
                 await asyncio.gather(*self._tasks, return_exceptions=True)
             for process in self._processes.values():
                 process.close()
-            if self.state.method in ("swap", "replace", "kexec"):
+            if self.state.method in SUCCEEDING:
                 await self._release()
         # Not in the `finally`: with an error in between, VMs may still be paused.
         self._pauses.remove(vm.vm for vm in self.state.vms)

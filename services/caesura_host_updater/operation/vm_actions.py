@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from caesura.lifecycle.budget import START_S
+from caesura.lifecycle.proof import SAVING
 from caesura.runtime.logs import get_logger
 from caesura_host_updater.drivers.port import (
     DigestCapable,
@@ -134,7 +135,7 @@ class VmActions:
             self._emit(VmNotFrozen(vm, None, "it was too late to freeze it"))
             return
         try:
-            if self._state().method in ("replace", "kexec"):
+            if self._state().method in SAVING:
                 await self._checkpoint(vm, by)
             else:
                 await self._driver.freeze(vm, by)
@@ -208,7 +209,7 @@ class VmActions:
         unconfirmed = any(each.vm == vm and each.frozen_at is None for each in self._state().vms)
         was_held = unconfirmed and (await states_within(self._driver, _LOOK_S)).get(vm, "paused") == "paused"
         tries = 0
-        timeout_s = _RESTORE_TRY_S if self._state().method in ("replace", "kexec") else _RESUME_TRY_S
+        timeout_s = _RESTORE_TRY_S if self._state().method in SAVING else _RESUME_TRY_S
         while True:
             try:
                 end = await self._driver.resume(vm, timeout_s)

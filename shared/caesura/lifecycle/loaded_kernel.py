@@ -10,6 +10,9 @@ import msgspec
 RECORD = "/run/caesura/kexec-loaded.json"
 """Where it is written down: of this boot, readable by everybody."""
 
+CARVE_OUT = "/var/lib/caesura/carve-out"
+"""Where the file system with guests' RAM is mounted, in memory that every kernel of the host leaves alone, unless an operator says otherwise."""
+
 
 class LoadedKernel(msgspec.Struct, frozen=True, kw_only=True):
     """What was loaded, and in which boot."""

@@ -23,6 +23,10 @@ BROKEN_WORDS: dict[ProofCode, str] = {
 NONE = "nothing shown"
 PAUSING: frozenset[Method] = frozenset({"swap", "freeze", "replace", "kexec"})
 """The methods that promise to keep memory and pause the guest."""
+SAVING: frozenset[Method] = frozenset({"replace", "kexec"})
+"""Those that save the guest's device state to a file, which another process loads: no process has the guest in between."""
+SUCCEEDING: frozenset[Method] = frozenset({"swap", *SAVING})
+"""Those after which another process has the guest."""
 _OF_MEMORY: frozenset[ProofCode] = frozenset({"canary_equal", "sampled_digest_equal", "digest_equal"})
 _ORDER: tuple[ProofCode, ...] = tuple(reversed(get_args(ProofCode)))
 """The strongest first."""

@@ -393,3 +393,59 @@ def test_the_ordinary_guard_arrives_where_nobody_did(host: Host) -> None:
     assert "guard.intent_of_a_left_kernel" in events
     assert host.runs()
     assert host.store.read() is not None, "it is the updater that disarms it"
+
+
+def rehearse(host: Host, **changes: object) -> None:
+    """The former guard left without guests."""
+    left = Left(ClockPair(0, time.time(), 0.0), time.monotonic(), "6.1.0-47-amd64")
+    change = KernelChange("6.1.0-48-amd64", str(host.carve_out), rehearsal=True, left=left)
+    host.store.store(Intent("op", boot_id(), 0.0, 1.0, (), kernel_change=replace(change, **changes)))  # type: ignore[arg-type]
+
+
+def test_a_rehearsal_ends_when_a_vmm_answers(host: Host) -> None:
+    rehearse(host)
+    assert host.arrive() == 0
+    there = host.arrival.vms["rehearsal"]
+    assert there.end == "running"
+    assert there.running_at is not None
+    assert there.running_at > host.arrival.at
+    assert host.arrive(by="unit") == 0
+    assert host.arrival.vms["rehearsal"] == there, "the second one measures nothing"
+
+
+def test_a_rehearsal_before_the_carve_out_is_there(host: Host) -> None:
+    rehearse(host)
+    ends = []
+    for code, by, wrong in ((4, "initramfs", "not there yet"), (0, "unit", "")):
+        assert host.arrive(by=by, wrong=wrong) == code
+        ends.append(host.arrival.vms["rehearsal"].end)
+    assert ends == ["undecided", "running"]
+
+
+def test_a_rehearsal_without_the_carve_out_measures_nothing(host: Host) -> None:
+    """With guests this kernel would have lost them."""
+    rehearse(host)
+    assert host.arrive(by="unit", wrong="there is none") == 5
+    assert host.arrival.vms["rehearsal"].end == "lost"
+    assert "there is none" in host.arrival.vms["rehearsal"].why
+
+
+def test_the_ordinary_guard_ends_a_rehearsal_where_nobody_did(host: Host) -> None:
+    rehearse(host)
+    boot_file = host.state_dir.parent / "boot"
+    boot_file.write_text(NEXT_BOOT)
+    argv = [sys.executable, "-c", AS_ANOTHER_BOOT, str(boot_file), "", "--state-dir", str(host.state_dir)]
+    guard = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
+    try:
+
+        def recorded() -> bool:
+            with suppress(AssertionError, KeyError):
+                return host.arrival.vms["rehearsal"].end == "running"
+            return False
+
+        wait(recorded, "the rehearsal to be recorded")
+        guard.terminate()
+        assert guard.wait(patient(PATIENCE_S)) == 0
+    finally:
+        guard.kill()
+        guard.wait()

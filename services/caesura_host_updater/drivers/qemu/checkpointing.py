@@ -13,8 +13,10 @@ import signal
 import time
 from pathlib import Path
 
+from caesura.runtime.threads import in_thread, in_thread_to_its_end
 from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp
 from caesura_host_updater.drivers.qemu.handover import HandOverFailed, is_verdict, migrate, take_from
+from caesura_vmcontrol.durable_files import sync_folder
 from caesura_vmcontrol.procfs import alive, send_signal
 from caesura_vmcontrol.qemu_plans import ReplacePlan
 from caesura_vmcontrol.replacing import PART
@@ -54,10 +56,16 @@ async def save_state(qmp: AsyncQmp, plan: ReplacePlan, by: float, *, gone: bool,
         except TimeoutError:
             raise HandOverFailed("its state was not saved in time") from None
         stopped = next((event.at for event in watch.events if event.name == "STOP"), time.monotonic())
-    text = _keep(part, plan.state_file, moved_bytes + _STATE_BYTES)
+    if plan.across is None:
+        text = _keep(part, plan.state_file, moved_bytes + _STATE_BYTES)
+    else:  # on a disk, which may make us wait
+        text = await in_thread("state file", lambda: _keep_durably(part, plan, moved_bytes + _STATE_BYTES))
     if time.monotonic() >= by:
         raise HandOverFailed("its state was not saved in time")
-    take_from(plan, text)
+    if plan.across is None:
+        take_from(plan, text)
+    else:
+        await in_thread_to_its_end("claim", lambda _: take_from(plan, text))
     send_signal(plan.old.pid, plan.old.start_ticks, signal.SIGKILL)
     until = time.monotonic() + _DEATH_S
     while gone and alive(plan.old.pid, plan.old.start_ticks):
@@ -65,6 +73,18 @@ async def save_state(qmp: AsyncQmp, plan: ReplacePlan, by: float, *, gone: bool,
             raise HandOverFailed(f"the old process {plan.old.pid} does not die")
         await asyncio.sleep(_LOOK_S)  # the kernel does not call us before it is reaped
     return stopped
+
+
+def _keep_durably(part: Path, plan: ReplacePlan, limit_bytes: int) -> str:
+    """As ``_keep``; it outlives the kernel when this returns. Blocking."""
+    handle = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    text = _keep(part, plan.state_file, limit_bytes)
+    sync_folder(str(part.parent))
+    return text
 
 
 def _keep(part: Path, state_file: str, limit_bytes: int) -> str:

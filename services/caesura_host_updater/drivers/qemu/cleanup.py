@@ -64,7 +64,7 @@ def end_losers(plan: SwapPlan | ReplacePlan) -> claims.Owner | None:
     """Decide for the old process if nobody has decided, and end the one that has lost; None: that cannot be done now."""
     try:
         owner = _owner(plan)
-        if owner is None or owner.kind == "file":
+        if owner is None or owner.kind in ("file", "left"):
             return None  # not known, or the guest is nowhere but in the file
         old, until = (plan.old.pid, plan.old.start_ticks), time.monotonic() + _END_S
         if isinstance(plan, SwapPlan):

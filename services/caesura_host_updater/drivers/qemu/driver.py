@@ -35,12 +35,13 @@ from caesura_host_updater.drivers.qemu.restarting import Restarter
 from caesura_host_updater.drivers.qemu.supervisor import VmSupervisor
 from caesura_host_updater.drivers.qemu.trial import Trials
 from caesura_host_updater.drivers.sampling import sampled_digest_of
+from caesura_host_updater.inventory.kernel_options import KernelOptions
 from caesura_vmcontrol import claims
 from caesura_vmcontrol.qemu_plans import QemuPlan
 from caesura_vmcontrol.qmp_commands import NOT_OURS
 from caesura_vmcontrol.resume_plans import ResumePlan
 
-_METHODS: tuple[Method, ...] = ("live", "swap", "freeze", "replace", "reboot")
+_METHODS: tuple[Method, ...] = ("live", "swap", "freeze", "replace", "reboot", "kexec")
 _CONT_S = 0.1  # s: what our own connection gets before the guard's way is taken
 
 
@@ -56,6 +57,7 @@ class QemuDriver:
         accel_reason: why that one, for people.
         environ: what QEMU processes inherit.
         max_digest_bytes: RAM files above this are not digested.
+        kernel: the host file's table ``[kernel]``.
     """
 
     name = "qemu"
@@ -71,13 +73,15 @@ class QemuDriver:
         accel_reason: str = "",
         environ: Mapping[str, str],
         max_digest_bytes: int,
+        kernel: KernelOptions | None = None,
     ) -> None:
+        kernel = kernel or KernelOptions()
         self._max_digest_bytes = max_digest_bytes
         self._accel = f"{accel.partition(',')[0]} ({accel_reason})" if accel_reason else accel
         self._change = asyncio.Event()
-        self._guests = {spec.name: Guest(spec, self._change.set) for spec in specs}
+        self._guests = {spec.name: Guest(spec, self._change.set, kernel) for spec in specs}
         records = Records(state_dir / "vms")
-        launcher = Launcher(host, options, state_dir, records, accel=accel, environ=environ)
+        launcher = Launcher(host, options, state_dir, records, accel=accel, environ=environ, kernel=kernel)
         self._threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="qemu")
         self._assessor = Assessor(self._guests, launcher, Trials(launcher, records, self._threads))
         self._preparer = Preparer(launcher, records, self._assessor, self._threads)
@@ -128,6 +132,7 @@ class QemuDriver:
             missing |= {
                 "swap": why,
                 "replace": why,
+                "kexec": why,
                 "reboot": missing.get("reboot", why),
             }
             if guest.state == "unknown" or guest.spec.qemu is None:

@@ -17,11 +17,13 @@ from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.qemu import commandline, successor
 from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp, QmpEvent, QmpFailed, listener_of
 from caesura_host_updater.drivers.qemu.definition import QemuVm
+from caesura_host_updater.drivers.qemu.kexec_obstacles import OFF, kexec_obstacles
 from caesura_host_updater.drivers.qemu.observer import read_machine
 from caesura_host_updater.drivers.qemu.obstacles import Obstacles, obstacles, paths_of
 from caesura_host_updater.drivers.qemu.process_records import TRIAL, VmProcessRecord
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, foreign, marked_as, ram_error, read_vmm
+from caesura_host_updater.inventory.kernel_options import KernelOptions
 from caesura_host_updater.spawn import ExitWatch
 from caesura_vmcontrol.procfs import STOPPED, alive, boot_id, ending, read_process
 from caesura_vmcontrol.qemu_plans import QemuPlan, ReplacePlan, SwapPlan, Vmm
@@ -71,6 +73,7 @@ class Guest:
 
     spec: QemuVm
     changed: Callable[[], None]
+    kernel: KernelOptions = field(default_factory=KernelOptions)
     run: VmProcessRecord | None = None
     qmp: AsyncQmp | None = None
     machine: str = ""
@@ -80,6 +83,8 @@ class Guest:
     """What its command line says against another process."""
     compared: Obstacles = field(default_factory=Obstacles)
     """What its host and its machine as it is now say against another process; see ``assessor``."""
+    across: tuple[str, ...] = (OFF,)
+    """What its host and its RAM say against another kernel under it."""
     prepared: Prepared | None = None
     last_error: str = ""
     left: str = ""
@@ -123,6 +128,7 @@ class Guest:
         self.unguarded = _guard_error(run)
         self.stated = obstacles(run.argv, self.machine)
         self.compared = Obstacles(tuple(await _host_obstacles(run)))
+        self.across = await _kexec_obstacles(run, self.kernel)
         self.last_error = ""
         if self.unguarded:
             # Nothing can be done with it: another client that wants its only QMP socket shall get it.
@@ -167,6 +173,9 @@ class Guest:
             missing["freeze"] = self.unguarded
         if both:
             missing["replace"] = "; ".join(dict.fromkeys(both))
+        if both or self.across:
+            why = self.across if self.across == (OFF,) else (*both, *self.across)
+            missing["kexec"] = "; ".join(dict.fromkeys(why))
         if beside:
             missing["swap"] = "; ".join(dict.fromkeys(beside))
         return missing
@@ -307,6 +316,16 @@ class Guest:
             return ""
         version = self.qmp.version if self.qmp is not None else "?"
         return f"QEMU {version} (pid {self.run.pid})"
+
+
+async def _kexec_obstacles(run: VmProcessRecord, kernel: KernelOptions) -> tuple[str, ...]:
+    try:
+        async with asyncio.timeout(_LOOK_S):
+            return await in_thread("look at a QEMU", lambda: kexec_obstacles(run, kernel))
+    except TimeoutError:
+        return (f"its files cannot be looked at within {_LOOK_S:g} s",)
+    except OSError as error:
+        return (f"its files cannot be looked at: {error.strerror or error}",)
 
 
 async def _host_obstacles(run: VmProcessRecord) -> list[str]:

@@ -164,7 +164,9 @@ def take_from(plan: SwapPlan | ReplacePlan, text: str) -> None:
     """Fence the old process and claim; it is held from here on, unless it has been decided otherwise."""
     send_signal(plan.old.pid, plan.old.start_ticks, signal.SIGSTOP)
     try:
-        standing = claim(plan.claims, 1, text)
+        standing = claim(
+            plan.claims, 1, text, durable=isinstance(plan, ReplacePlan) and plan.across is not None
+        )
     except BaseException:
         send_signal(plan.old.pid, plan.old.start_ticks, signal.SIGCONT)
         raise

@@ -20,18 +20,23 @@ from caesura_host_updater.drivers.qemu.cleanup import remove_files
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.process_records import Records, VmProcessRecord
 from caesura_host_updater.drivers.qemu.vmm import last_words
+from caesura_host_updater.inventory.kernel_options import KernelOptions
 from caesura_host_updater.spawn import ExitWatch, SpawnError, start_detached
+from caesura_vmcontrol.durable_files import sync_folder
 from caesura_vmcontrol.procfs import boot_id, read_process, send_signal
 from caesura_vmcontrol.replacing import PART
 
 _SOCKET_PATH_BYTES = 107  # unix(7): sun_path has 108 bytes with the closing zero
 _LONGEST = "next/guard.2"
-_VERSION_S = 3.0  # s: a QEMU says its version within 30 ms
+_VERSION_S = (
+    20.0  # s: a QEMU says its version within 30 ms, on an emulated host within seconds; no guest is paused
+)
 _KERNEL_S = 1.0  # s: to start it
 _LOOK_S = 0.002
 _MARK = "CAESURA_QEMU"
 _FOR_QEMU = frozenset(("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH"))
 _FOR_QEMU_PREFIXES = ("LC_", "XDG_", "QEMU_", "CAESURA_")
+_NO_KEXEC = KernelOptions()
 
 
 class LaunchFailed(Exception):
@@ -49,6 +54,7 @@ class Launcher:
     Args:
         accel: the value of ``-accel``, such as ``tcg,thread=multi``.
         environ: what the processes inherit.
+        kernel: whether another kernel may be started under the guests, and where their memory stays then.
     """
 
     def __init__(
@@ -60,8 +66,12 @@ class Launcher:
         *,
         accel: str,
         environ: Mapping[str, str],
+        kernel: KernelOptions = _NO_KEXEC,
     ) -> None:
         self._options = options
+        self.kernel = kernel
+        self.operations_dir = Path(kernel.carve_out) / "operations"
+        """Claims and states of operations over a change of the kernel."""
         self._records = records
         self._accel = accel
         self._environ = {name: value for name, value in environ.items() if _for_qemu(name)}
@@ -86,32 +96,38 @@ class Launcher:
         """Where the VM's sockets are."""
         return self.run_dir / vm
 
-    def claims(self, vm: str, operation: str) -> Path:
-        """Where it is decided who runs the guest. Not on a disk: neither a full one nor a slow one may keep it paused."""
-        return self.folder(vm) / f"{operation}{self.claims_end}"
+    def claims(self, vm: str, operation: str, *, across: bool = False) -> Path:
+        """Where it is decided who runs the guest. Not on a disk: neither a full one nor a slow one may keep it paused.
+
+        ``across``: of an operation over a change of the kernel; then it is in the carve-out.
+        """
+        return self._own_folder(vm, across=across) / f"{operation}{self.claims_end}"
+
+    def _own_folder(self, vm: str, *, across: bool) -> Path:
+        return self.operations_dir / vm if across else self.folder(vm)
 
     @property
     def claims_end(self) -> str:
         """The end of the names of our claims: another host updater may have its sockets in the same folder."""
         return f".{self._own}.claims"
 
-    def state_file(self, vm: str, operation: str) -> Path:
-        """Where a replace keeps the device state."""
-        return self.folder(vm) / f"{operation}{self.state_end}"
+    def state_file(self, vm: str, operation: str, *, across: bool = False) -> Path:
+        """Where a replace keeps the device state. ``across``: as for ``claims``."""
+        return self._own_folder(vm, across=across) / f"{operation}{self.state_end}"
 
     @property
     def state_end(self) -> str:
         """As ``claims_end``, of state files."""
         return f".{self._own}.state"
 
-    def own_files(self, vm: str, operation: str) -> tuple[Path, ...]:
-        """What an operation has in the folder of the VM's sockets; the folder of its claims last."""
-        state = self.state_file(vm, operation)
+    def own_files(self, vm: str, operation: str, *, across: bool = False) -> tuple[Path, ...]:
+        """What an operation has in the folder of the VM's sockets or in the carve-out; the folder of its claims last."""
+        state = self.state_file(vm, operation, across=across)
         return (
             self.folder(vm) / "mig",
             state,
             state.with_name(f"{state.name}{PART}"),
-            self.claims(vm, operation),
+            self.claims(vm, operation, across=across),
         )
 
     def usual_capabilities(self, vm: str) -> Path:
@@ -234,7 +250,9 @@ class Launcher:
         )
 
     def _script(self, bridge: str) -> str:
-        path = self.run_dir / f"bridge-{bridge}.sh"
+        # A new boot has an empty /run, and runs the script before anything writes it again.
+        folder = self._records.folder if self.kernel.kexec else self.run_dir
+        path = folder / f"bridge-{bridge}.sh"
         part = path.with_suffix(f".{os.getpid()}")
         part.write_text(commandline.bridge_script(bridge))
         part.chmod(0o700)
@@ -248,6 +266,12 @@ class Launcher:
             os.ftruncate(handle, size)
             if self._options.reserve_memory:
                 os.posix_fallocate(handle, 0, size)
+            if self.kernel.kexec:
+                os.posix_fallocate(handle, 0, size)
+                os.fsync(
+                    handle
+                )  # a mapping with DAX shows the memory itself; where it belongs to is in the file system
+                sync_folder(str(path.parent))
         except OSError as error:
             path.unlink()
             if error.errno != errno.ENOSPC:

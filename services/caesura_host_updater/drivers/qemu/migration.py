@@ -228,7 +228,7 @@ class Migrator:
             return
         owner = await in_thread("claims", lambda: _owner(prepared.plan))
         former = guest.run or await in_thread("run file", lambda: self._records.read(guest.vm))
-        if former is None or (owner is not None and owner.kind in ("file", "gone")):
+        if former is None or (owner is not None and owner.kind in ("file", "left", "gone")):
             return
         if owner is not None and owner.kind == "new":
             pid, start_ticks = owner.pid, owner.start_ticks
@@ -297,7 +297,10 @@ class Migrator:
             prepared.watch.close()
             reap(prepared.watch.pid)
         await self.restore_capabilities(guest)
-        present, own = guest.run, self._launcher.own_files(guest.vm, prepared.operation)
+        present, own = (
+            guest.run,
+            self._launcher.own_files(guest.vm, prepared.operation, across=prepared.method == "kexec"),
+        )
 
         def clean_up() -> None:
             run = present or self._records.read(guest.vm)

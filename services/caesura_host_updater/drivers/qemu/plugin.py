@@ -67,6 +67,7 @@ class QemuPlugin(DriverPlugin[QemuVm, QemuOptions]):
             accel_reason=accelerator.reason,
             environ=setup.environ,
             max_digest_bytes=setup.max_digest_bytes,
+            kernel=setup.kernel,
         )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 from caesura.contract.messages import Method
+from caesura.lifecycle.proof import SUCCEEDING
 from caesura.runtime.threads import in_thread_to_its_end
 from caesura_host_updater.drivers.port import DriverError
 from caesura_host_updater.drivers.qemu.assessor import Assessor
@@ -22,16 +24,20 @@ from caesura_host_updater.drivers.qemu.handover import (
     read_capabilities,
     set_capabilities,
 )
+from caesura_host_updater.drivers.qemu.kexec_obstacles import kexec_obstacles
 from caesura_host_updater.drivers.qemu.launching import Launcher, LaunchFailed
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
 from caesura_host_updater.drivers.qemu.process_records import Records, VmProcessRecord
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot, migration_under_way
-from caesura_host_updater.drivers.qemu.successor import next_command, next_path
+from caesura_host_updater.drivers.qemu.successor import next_command, next_path, sockets_of
 from caesura_host_updater.drivers.qemu.trial import drop
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, VmmProcess, last_words, ram_error, read_vmm
+from caesura_host_updater.inventory.kernel_options import KernelOptions
 from caesura_host_updater.spawn import ExitWatch
+from caesura_vmcontrol.durable_files import sync_folder
 from caesura_vmcontrol.procfs import read_process
-from caesura_vmcontrol.qemu_plans import ReplacePlan, SwapPlan, Vmm
+from caesura_vmcontrol.qemu_plans import AcrossBoots, ReplacePlan, SwapPlan, Vmm
+from caesura_vmcontrol.ram_places import identify
 
 
 class Preparer:
@@ -60,29 +66,35 @@ class Preparer:
             raise DriverError(guest.vm, f"operation {guest.prepared.operation} has not been released yet")
         if method == "swap" and guest.stated.beside and not guest.stated.both:
             raise DriverError(guest.vm, "; ".join(guest.stated.beside))
-        if method in ("swap", "replace") and guest.stated.both:
+        if method in SUCCEEDING and guest.stated.both:
             raise DriverError(guest.vm, guest.missing[method])
         try:
             if (status := await qmp.status()) != "running":
                 raise DriverError(guest.vm, f"is {status} before anything was done")
             if wrong := migration_under_way(await qmp.execute("query-migrate")):
                 raise DriverError(guest.vm, wrong)
-            if method not in ("swap", "replace"):
+            if method not in SUCCEEDING:
                 return
+            if method == "kexec" and (
+                wrong_here := await self._assessor.within_time(kexec_obstacles, run, self._launcher.kernel)
+            ):
+                raise DriverError(guest.vm, "; ".join(wrong_here))
             running = await self._look(guest, run, qmp)
             program = binary or await self._assessor.within_time(self._assessor.binary_of, run)
             await self._launcher.check_binary(program)
             folder = self._records.operation(guest.vm, operation)
             await self._assessor.within_time(lambda: folder.mkdir(parents=True, mode=0o700))
             try:
-                claims = self._launcher.claims(guest.vm, operation)
+                claims = self._launcher.claims(guest.vm, operation, across=method == "kexec")
                 await self._assessor.within_time(self._launcher.make_folder, guest.vm)
-                await self._assessor.within_time(lambda: claims.mkdir(mode=0o700))
+                await self._assessor.within_time(
+                    lambda: _make_durable_folder(claims) if method == "kexec" else claims.mkdir(mode=0o700)
+                )
                 await self._assessor.within_time(make_next_folders, run)
-                begin = self._swap if method == "swap" else self._replace
+                begin = {"swap": self._swap, "replace": self._replace, "kexec": self._kexec}[method]
                 guest.prepared = await begin(guest, run, qmp, folder, program, running)
             except BaseException:
-                own = self._launcher.own_files(guest.vm, operation)
+                own = self._launcher.own_files(guest.vm, operation, across=method == "kexec")
                 await in_thread_to_its_end(
                     f"forget {operation}",
                     lambda _: forget(guest.vm, run, folder, own, self._records, new=False),
@@ -161,7 +173,7 @@ class Preparer:
             detail=f"QEMU {new.version} (pid {pid}), was QEMU {qmp.version} (pid {run.pid})",
         )
 
-    async def _replace(
+    async def _kexec(
         self,
         guest: Guest,
         run: VmProcessRecord,
@@ -170,9 +182,26 @@ class Preparer:
         program: str,
         running: VmSnapshot,
     ) -> Prepared:
+        """As a replace whose second half is another boot's."""
+        return await self._replace(guest, run, qmp, folder, program, running, method="kexec")
+
+    async def _replace(
+        self,
+        guest: Guest,
+        run: VmProcessRecord,
+        qmp: AsyncQmp,
+        folder: Path,
+        program: str,
+        running: VmSnapshot,
+        *,
+        method: Literal["replace", "kexec"] = "replace",
+    ) -> Prepared:
         argv = next_command(run.argv, program, guest.machine, running.generation_id)
         present = await self._assessor.within_time(read_vmm, run.pid)
         ram = await self._assessor.within_time(_ram, run)
+        across: AcrossBoots | None = None
+        if method == "kexec":
+            across = await self._assessor.within_time(_across, run, argv, self._launcher.kernel)
         beside = not guest.stated.beside
         if beside:  # the very process can be tried beside the old one, while the guest runs
             await drop(*await self._start(guest, run, running, folder.name, argv), self._threads)
@@ -184,8 +213,8 @@ class Preparer:
         plan = ReplacePlan(
             vm=guest.vm,
             old=_vmm(run),
-            claims=str(self._launcher.claims(guest.vm, folder.name)),
-            state_file=str(self._launcher.state_file(guest.vm, folder.name)),
+            claims=str(self._launcher.claims(guest.vm, folder.name, across=across is not None)),
+            state_file=str(self._launcher.state_file(guest.vm, folder.name, across=across is not None)),
             qmp=next_path(run.guard),
             argv=_lines(argv, present),
             environ=tuple(self._launcher.environ_of(mark).items()),
@@ -193,12 +222,13 @@ class Preparer:
             log=str(log),
             ram=ram,
             beside=beside,
+            across=across,
         )
         await check_capabilities(qmp, CAPABILITIES)
         await self._assessor.within_time(self._records.begin, folder, plan)
         return Prepared(
             folder.name,
-            "replace",
+            method,
             plan,
             folder,
             seen=running,
@@ -230,6 +260,35 @@ def _ram(run: VmProcessRecord) -> tuple[str, int, int] | None:
         return None
     there = Path(memory.file).stat()
     return memory.file, there.st_dev, there.st_ino
+
+
+def _make_durable_folder(folder: Path) -> None:
+    """On a disk, so that another boot finds it. Raises OSError."""
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.mkdir(mode=0o700)
+    for each in (folder, folder.parent, folder.parent.parent, folder.parent.parent.parent):
+        sync_folder(str(each))
+
+
+def _across(run: VmProcessRecord, argv: tuple[str, ...], kernel: KernelOptions) -> AcrossBoots:
+    """What another boot must know of the process and its RAM file. Raises OSError, NoVmm."""
+    memory = memory_of(run.argv)
+    if isinstance(memory, str):
+        raise NoVmm(memory)
+    status = Path(f"/proc/{run.pid}/status").read_text(encoding="ascii", errors="replace")
+    lines = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    identity = identify(memory.file)
+    return AcrossBoots(
+        boot_id=run.boot_id,
+        fs_id=identity.fs_id,
+        inode=identity.inode,
+        size=identity.size,
+        carve_out=kernel.carve_out,
+        uid=int(lines["Uid"].split()[1]),
+        gid=int(lines["Gid"].split()[1]),
+        groups=tuple(int(each) for each in lines["Groups"].split()),
+        folders=tuple(sorted({str(Path(path).parent) for path in sockets_of(argv)})),
+    )
 
 
 def _vmm(run: VmProcessRecord) -> Vmm:

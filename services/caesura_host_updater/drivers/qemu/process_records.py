@@ -9,6 +9,8 @@ from pathlib import Path
 
 import msgspec
 
+from caesura_vmcontrol.boots import in_this_boot, of_another_boot
+from caesura_vmcontrol.durable_files import sync_folder, write_durably
 from caesura_vmcontrol.markers import OPERATIONS
 from caesura_vmcontrol.plan_errors import BadPlan
 from caesura_vmcontrol.procfs import boot_id
@@ -94,19 +96,30 @@ class Records:
         return self.folder / f"{vm}{OPERATIONS}" / operation
 
     def begin(self, folder: Path, plan: SwapPlan | ReplacePlan) -> None:
-        """Write down what was prepared: a later run finds its way out. Raises OSError."""
-        (folder / _PLAN).write_text(json.dumps({**plan_to_json(plan), "boot_id": boot_id()}))
+        """Write down what was prepared: a later run finds its way out, after a change of the kernel too. Raises OSError."""
+        data = json.dumps({**plan_to_json(plan), "boot_id": boot_id()}).encode()
+        if isinstance(plan, ReplacePlan) and plan.across is not None:
+            write_durably(str(folder), _PLAN, data)
+            for each in (folder.parent, self.folder):
+                sync_folder(str(each))
+        else:
+            (folder / _PLAN).write_bytes(data)
 
     def unfinished(self, vm: str) -> list[tuple[Path, SwapPlan | ReplacePlan | None]]:
-        """What a previous run prepared and did not release; None: it never came to a plan, or its guests ended with the host."""
+        """What a previous run prepared and did not release; None: it never came to a plan, or its guests ended with the host.
+
+        The old process of one that was begun in another boot, for a change of the kernel, is nobody.
+        """
         found = []
         for folder in sorted((self.folder / f"{vm}{OPERATIONS}").glob("*")):
             plan = None
             with suppress(OSError, ValueError, BadPlan):
                 raw = json.loads((folder / _PLAN).read_text())
                 read = plan_from_json(raw)
-                if isinstance(read, SwapPlan | ReplacePlan) and raw.get("boot_id") == boot_id():
-                    plan = read
+                if isinstance(read, SwapPlan | ReplacePlan) and (
+                    raw.get("boot_id") == boot_id() or of_another_boot(read)
+                ):
+                    plan = in_this_boot(read)
             found.append((folder, plan))
         return found
 

@@ -25,6 +25,7 @@ from caesura_host_updater.drivers.qemu.vmm import marked, marked_as, place_error
 from caesura_host_updater.drivers.shutdown_requests import ShutdownRequests
 from caesura_host_updater.spawn import ExitWatch, reap
 from caesura_vmcontrol import claims
+from caesura_vmcontrol.intent import IntentFile, UnreadableIntent
 from caesura_vmcontrol.markers import OPERATIONS
 from caesura_vmcontrol.procfs import alive, boot_id
 from caesura_vmcontrol.qemu_plans import ReplacePlan, SwapPlan
@@ -121,18 +122,35 @@ class VmSupervisor:
 
     def _sweep_files(self, held_files: set[str]) -> None:
         """Remove state files and claims without an operation, and RAM files without a guest."""
+        try:
+            held_files |= self._armed_files()
+        except UnreadableIntent as error:
+            _log.error("operation.intent_unreadable", why=str(error), left="every file is kept")
+            return
         for end, remove in (
             (f"{self._launcher.state_end}*", remove_files),
             (self._launcher.claims_end, remove_claims),
         ):
-            for left in self._launcher.run_dir.glob(f"*/*{end}"):
-                vm, operation = left.parent.name, left.name.partition(".")[0]
-                if not self._records.operation(vm, operation).exists():
-                    remove(left)
+            for base in (self._launcher.run_dir, self._launcher.operations_dir):
+                for left in base.glob(f"*/*{end}"):
+                    vm, operation = left.parent.name, left.name.partition(".")[0]
+                    if str(left) not in held_files and not self._records.operation(vm, operation).exists():
+                        remove(left)
         for file in self._launcher.ram_dir.glob("*.ram"):
             if str(file) not in held_files:
                 _log.warning("ram_file.left_over", file=str(file))
                 file.unlink(missing_ok=True)
+
+    def _armed_files(self) -> set[str]:
+        """Files of guests that wait for another kernel, or for this one, whatever our own records say. Raises UnreadableIntent."""
+        intent = IntentFile(str(self._records.folder.parent)).read()
+        plans = intent.plans if intent is not None and intent.kernel_change is not None else ()
+        return {
+            file
+            for plan in plans
+            if isinstance(plan, ReplacePlan) and plan.ram is not None
+            for file in (plan.claims, plan.state_file, plan.ram[0])
+        }
 
     async def _open(self, guest: Guest) -> None:
         await self._find_unfinished(guest)
@@ -393,4 +411,6 @@ def _lives(run: VmProcessRecord) -> bool:
 
 
 def _method(plan: SwapPlan | ReplacePlan) -> Method:
-    return "swap" if isinstance(plan, SwapPlan) else "replace"
+    if isinstance(plan, SwapPlan):
+        return "swap"
+    return "replace" if plan.across is None else "kexec"

@@ -1,0 +1,60 @@
+"""Method kexec by the driver: its guest is saved into the carve-out, another boot loads it, and the driver of that boot has it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caesura_host_updater.drivers.qemu import driver as driver_module
+from caesura_host_updater.drivers.qemu import kexec_obstacles
+from caesura_host_updater.drivers.qemu.definition import Definition
+from caesura_host_updater.inventory.kernel_options import KernelOptions
+from caesura_pause_guard import arrival
+from caesura_vmcontrol import boot_counters, procfs
+from caesura_vmcontrol.intent import Intent, IntentFile
+from caesura_vmcontrol.kernel_change import ClockPair, KernelChange, Left
+
+SMALL = Definition(memory_mib=16, machine="pc-q35-7.2")
+
+
+async def test_off_by_default_and_the_reason_says_how_to_switch_it_on(rig: Any) -> None:
+    driver = await rig.open({"a": SMALL})
+    assert "kexec" not in driver.capabilities("a").methods
+    assert driver.capabilities("a").missing["kexec"] == kexec_obstacles.OFF
+
+
+async def test_another_boot_has_the_guest(rig: Any, tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    carve_out = rig.folder / "carve-out"
+    kernel = KernelOptions(kexec=True, carve_out=str(carve_out), early=False)
+    real = driver_module.QemuDriver
+    monkeypatch.setattr(kexec_obstacles, "dax_error", lambda _: "")
+    monkeypatch.setattr(arrival, "carve_out_error", lambda _: "")
+    monkeypatch.setitem(
+        rig.build.__func__.__globals__, "QemuDriver", lambda *a, **k: real(*a, **k, kernel=kernel)
+    )
+    driver = await rig.open({"a": SMALL}, ram_dir=f"{carve_out}/ram")
+    assert "kexec" in driver.capabilities("a").methods, driver.capabilities("a").missing
+    state_dir = rig.folder / "state"
+    await driver.prepare("a", "op-1", "kexec", "")
+    plan = driver.resume_plan("a")
+    await driver.checkpoint("a", tools.soon())
+    assert rig.processes() == []
+    boot_counters.reset(str(state_dir), str(carve_out), "op-1", procfs.boot_id())
+    left = Left(ClockPair(0, time.time(), 0.0), time.monotonic(), "6.1")
+    change = KernelChange("6.1", str(carve_out), left=left)
+    IntentFile(str(state_dir)).store(
+        Intent("op-1", procfs.boot_id(), 0.0, 1.0, (plan,), kernel_change=change)
+    )
+    await rig.crash()
+    next_boot: Path = rig.folder / "boot"
+    next_boot.write_text("bbbbbbbb-0000-4000-8000-000000000002")  # noqa: ASYNC240
+    monkeypatch.setattr(procfs, "BOOT_ID", str(next_boot))
+    assert arrival.arrive(str(state_dir), "initramfs", lambda *_, **__: None) == 0
+    driver = await rig.open({"a": SMALL}, ram_dir=f"{carve_out}/ram")
+    assert driver.states() == {"a": "running"}
+    await rig.only(tools.pid_of(driver, "a"))
+    assert list((carve_out / "ram").rglob("*.ram")), "its memory is there"
+    assert driver.health_error("a") == ""

@@ -1,0 +1,230 @@
+"""After a change of the host's kernel: guests of which the pause guard does not know yet what became of them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from caesura.contract.messages import OperationReported, StartOperation
+from caesura.delivery.message import OutboxMessage, prepare
+from caesura_host_updater.command_admission import Underway
+from caesura_host_updater.guard_client import GuardUnavailable
+from caesura_host_updater.journal import JournalThread
+from caesura_host_updater.operation import crash_recovery
+from caesura_host_updater.operation.crash_recovery import CrashRecovery
+from caesura_host_updater.operation.finalizer import OperationFinalizer
+from caesura_host_updater.operation.state import Operation, VmPause
+from caesura_host_updater.pause_markers import PauseMarkers
+from caesura_testing.patience import patient
+from caesura_vmcontrol.intent import Intent
+from caesura_vmcontrol.kernel_change import Arrival, ClockPair, HostClock, KernelChange, Left, VmArrival
+from caesura_vmcontrol.procfs import boot_id
+from caesura_vmcontrol.qemu_plans import AcrossBoots, ReplacePlan, Vmm
+
+FORMER = "aaaaaaaa-0000-4000-8000-000000000001"
+NEW = "6.1.0-48-amd64"
+AT = 1_800_000_000.0
+
+
+class Host:
+    """Driver, guard and all that is told; what the guard says is ``record``, or why it says nothing."""
+
+    def __init__(self) -> None:
+        self.record: Intent | GuardUnavailable | None = None
+        self.state = "paused"
+        self.asked: list[str] = []
+        self.queued: list[OutboxMessage] = []
+
+    async def open(self) -> None:
+        """The guest is in its files."""
+
+    def health_error(self, _: str) -> str:
+        return ""
+
+    async def read_states(self) -> dict[str, str]:
+        return {"a": self.state}
+
+    def resume_plan(self, _: str) -> ReplacePlan:
+        return plan()
+
+    async def resume(self, *_: object) -> str:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def release(self, vm: str) -> None:
+        self.asked.append(f"release {vm}")
+
+    async def start(self) -> Intent | None:
+        return await self.held()
+
+    async def held(self) -> Intent | None:
+        self.asked.append("held")
+        if isinstance(self.record, GuardUnavailable):
+            raise self.record
+        return self.record
+
+    async def disarm(self, operation: str) -> None:
+        self.asked.append(f"disarm {operation}")
+
+
+def plan() -> ReplacePlan:
+    """Of the former boot."""
+    return ReplacePlan(
+        vm="a",
+        old=Vmm(4711, 1, "/run/a/guard"),
+        claims="/carve-out/operations/a/op.claims",
+        state_file="/carve-out/operations/a/op.state",
+        qmp="/run/a/next/guard",
+        argv=(("/usr/bin/qemu-system-x86_64", "-incoming", "defer", "-S"),),
+        environ=(("MARK", "a"),),
+        mark="MARK=a",
+        log="/log/a.log",
+        ram=("/carve-out/ram/a.ram", 1, 2),
+        across=AcrossBoots(FORMER, "0", 2, 1 << 20, "/carve-out", 0, 0, (), ()),
+    )
+
+
+def record(found: VmArrival | None, *, arrived_in: str = "") -> Intent:
+    """What the guard holds; ``found`` is what it knows of the guest."""
+    vms = {} if found is None else {"a": found}
+    arrival = Arrival(arrived_in or boot_id(), NEW, "initramfs", HostClock("tsc", 0.1, 0.001), AT, vms)
+    left = Left(ClockPair(1, AT - 10.0, 2e6, True), 100.0, "6.1.0-47-amd64")
+    change = KernelChange(NEW, "/carve-out", left=left, arrival=arrival)
+    return Intent("op", FORMER, 0.0, 1.0, (plan(),), kernel_change=change)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Let the others go on until then."""
+    end = time.monotonic() + patient(20.0)  # the loop's own clock jumps
+    while not holds():
+        assert time.monotonic() < end
+        await asyncio.sleep(0)
+
+
+Start = Callable[[Host], Any]
+
+
+@pytest.fixture
+async def start(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    freeze_one: Callable[..., StartOperation],
+    marked: Callable[..., PauseMarkers],
+) -> AsyncIterator[Start]:
+    """A host updater that begins with an operation that its former boot left for another kernel."""
+    monkeypatch.setattr(crash_recovery, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(crash_recovery, "_ASK_S", 0.0)
+    vm = VmPause(vm="a", set="web", update_domain=0, called_at=99.0, frozen_at=99.5)
+    state = Operation(
+        operation="op", method="kexec", budget_s=30.0, kernel_release=NEW, vms=(vm,), phase="leaving"
+    )
+    command = freeze_one()
+    journal = JournalThread()
+    await journal.open(str(tmp_path / "journal.sqlite"))
+    await journal.do(lambda j: j.accept(command, state, FORMER, []))
+
+    def make(host: Host) -> tuple[CrashRecovery, OperationFinalizer]:
+        place: dict[str, Any] = {"set": "web", "ud": 0, "vm": "a", "host": "host-1"}
+        given: Any = host
+        nothing: Any = SimpleNamespace(
+            queue=lambda *letters: host.queued.extend(letters),
+            track=lambda _: None,
+            finished=lambda *_: None,
+        )
+        facts: Any = SimpleNamespace(
+            fact=lambda fact: prepare(fact, source="/s", event_id=fact.TYPE, at=fact.at, **place),
+            report=lambda report: (
+                prepare(report, source="/s", event_id=report.status, at=report.at, host="host-1"),
+            ),
+        )
+        finalizer = OperationFinalizer(
+            facts, journal=journal, outbox=nothing, clocks=nothing, metrics=nothing
+        )
+        recovery = CrashRecovery(
+            "host-1",
+            driver=given,
+            guard=given,
+            journal=journal,
+            fact_factory=facts,
+            finalizer=finalizer,
+            pauses=marked(),
+            has_clock=lambda _: False,
+            resumed={},
+        )
+        return recovery, finalizer
+
+    yield make
+    await journal.close()
+
+
+def end_of(host: Host) -> OperationReported:
+    """The report that was published, and nothing else that is one."""
+    (report,) = [
+        each for each in (letter.read() for letter in host.queued) if isinstance(each, OperationReported)
+    ]
+    return report
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        record(VmArrival("undecided", why="no memory yet")),
+        record(None),
+        record(VmArrival("running", AT), arrived_in=FORMER),
+        GuardUnavailable("it is starting"),
+    ],
+    ids=["undecided", "nothing said of it", "of another boot", "no guard"],
+)
+async def test_a_guest_that_may_be_resumed_later_is_not_said_to_be_lost(
+    start: Start, first: Intent | GuardUnavailable
+) -> None:
+    host = Host()
+    host.record = first
+    recovery, finalizer = start(host)
+    await recovery.run(1)
+    await until(lambda: host.asked.count("held") >= 5)
+    assert host.queued == []
+    assert await finalizer.known("op") == Underway()
+    assert "disarm op" not in host.asked, "the guard would forget the guest"
+    assert recovery.resuming == {"a"}, "the inventory shows it as paused by Caesura"
+    assert "release a" not in host.asked
+
+    host.record = record(VmArrival("running", AT + 5.0, 400, 7))
+    await until(lambda: "disarm op" in host.asked)
+    report = end_of(host)
+    assert report.status == "completed"
+    assert report.vms[0].pause_s == pytest.approx(16.0)
+    for task in recovery.late:
+        task.cancel()
+
+
+async def test_what_is_decided_is_reported_at_once(start: Start) -> None:
+    host = Host()
+    host.state = "stopped"
+    host.record = record(VmArrival("lost", why="its RAM file is gone"))
+    recovery, finalizer = start(host)
+    await recovery.run(1)
+    known = await finalizer.known("op")
+    assert known is not None
+    assert not isinstance(known, Underway)
+    assert "disarm op" in host.asked
+    for task in recovery.late:
+        task.cancel()
+
+
+async def test_a_guard_that_knows_nothing_of_the_operation_will_not_resume_its_guests(start: Start) -> None:
+    host = Host()
+    host.state = "stopped"
+    recovery, finalizer = start(host)
+    host.record = replace(record(None), operation="another")
+    await recovery.run(1)
+    assert await finalizer.known("op") != Underway()
+    for task in recovery.late:
+        task.cancel()

@@ -1,0 +1,61 @@
+"""The hardware watchdog of the host, with a file in its place."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from pathlib import Path
+
+import pytest
+
+from caesura_vmcontrol.hardware_watchdog import HardwareWatchdog
+
+
+@pytest.fixture
+def set_to(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The seconds that it was set to."""
+    said: list[int] = []
+
+    def ioctl(handle: int, number: int, argument: bytes) -> bytes:
+        assert os.fstat(handle)
+        assert number == 0xC0045706
+        said.append(struct.unpack("i", argument)[0])
+        return argument
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    return said
+
+
+def test_it_is_armed_until_it_is_disarmed_in_an_orderly_way(tmp_path: Path, set_to: list[int]) -> None:
+    device = tmp_path / "watchdog"
+    device.touch()
+    one = HardwareWatchdog(str(device))
+    assert one.arm(60) == ""
+    assert set_to == [60]
+    assert device.read_bytes() == b"", "closed without this it resets the host"
+    one.disarm()
+    one.disarm()
+    assert device.read_bytes() == b"V"
+
+
+def test_one_that_refuses_the_time_is_not_left_armed(tmp_path: Path) -> None:
+    """A file is no watchdog: the kernel itself refuses."""
+    device = tmp_path / "watchdog"
+    device.touch()
+    assert str(device) in HardwareWatchdog(str(device)).arm(60)
+    assert device.read_bytes() == b"V"
+
+
+def test_a_host_without_one(tmp_path: Path) -> None:
+    one = HardwareWatchdog(str(tmp_path / "none"))
+    assert "No such file" in one.arm(60)
+    one.disarm()
+    assert one.disarm_former() == ""
+
+
+def test_what_the_former_kernel_armed_is_disarmed(tmp_path: Path) -> None:
+    device = tmp_path / "watchdog"
+    device.touch()
+    assert HardwareWatchdog(str(device)).disarm_former() == ""
+    assert device.read_bytes() == b"V"

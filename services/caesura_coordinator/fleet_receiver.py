@@ -37,11 +37,11 @@ class ObservedFleet:
         self.state = FleetState()
         self.incomplete: dict[str, m.HostInventory] = {}
         """Maps a host to its newest inventory, of which parts are missing."""
-        self.fence = FleetLookup(self.state, incomplete=self.incomplete)
+        self.lookup = FleetLookup(self.state, incomplete=self.incomplete)
 
     def reconnected(self, now: datetime) -> None:
         """The broker's retained presences of agents are outdated; each agent reconnects in its own time."""
-        self.fence = self.fence.with_reconnect_grace(now + timedelta(seconds=RESTART_GRACE_S))
+        self.lookup = self.lookup.with_reconnect_grace(now + timedelta(seconds=RESTART_GRACE_S))
 
 
 class FleetReceiver:
@@ -114,7 +114,7 @@ class FleetReceiver:
         """An operator removed the retained messages of a host: it was taken out of service permanently."""
         host = parameters["host"]
         self._complete(host)
-        if self._view.fence.is_online(host):
+        if self._view.lookup.is_online(host):
             _log.warning("host.not_forgotten", host=host, why="it is on the bus, and will report again")
             return
         self._take_in(self._owners.forgotten(host, self._loop_s()))

@@ -185,7 +185,7 @@ class Coordinator:
     @property
     def fleet(self) -> FleetLookup:
         """The view of the fleet that decisions read."""
-        return self._observed.fence
+        return self._observed.lookup
 
     def tasks(self) -> dict[str, Callable[[], Awaitable[None]]]:
         """Maps a name to an eternal task, for ``serve``."""

@@ -91,7 +91,7 @@ def plan_view(plan: m.Plan) -> RenderableType:
         parts.append(
             Text(
                 f"{_count(sum(len(wave.vms) for wave in plan.waves), 'VM')} in {_count(len(plan.waves), 'wave')}, "
-                f"{_each(plan)}; about {show_duration(plan.estimate_s)} in all, without waiting times"
+                f"{_each(plan)}; about {show_duration(plan.estimate_s)} in all if every notice runs out"
             )
         )
         if limit := _limit(plan):

@@ -56,6 +56,7 @@ from caesura_demo.sweeper import Sweeper, start_sweeper
 from caesura_demo.workspace import FIRST_PORT, CleanUp, free_ports, ram_folder, run_folder
 from caesura_vmcontrol.freezer_control import FreezerChoice
 
+_COUNTS_EVERY_S = 2.0  # s: a log needs no line for each of 25 agents
 _READY_S = 45.0
 """s: without another of 6 hosts and 25 VMs coming up; all of them take some 8 s on two cores that do nothing else."""
 _ROLLOUT_S = 90.0
@@ -118,6 +119,7 @@ class Demo:
         self.progress = Progress()
         self._stage = "starting the broker"
         self._counts: dict[str, tuple[int, int]] = {}
+        self._next_counts_s = 0.0
         self._session: Session | None = None
         self._live: Live | None = None
         self._clean_up = CleanUp(self._acknowledge)
@@ -440,13 +442,17 @@ class Demo:
         return Group(head, live_view(fleet_view, datetime.now(UTC)))
 
     def _refresh(self) -> None:
-        """On a terminal the live display redraws itself; elsewhere each change is a line."""
+        """On a terminal the live display redraws itself; elsewhere each change is a line, of the counts now and then."""
         if self._live is not None or self.options.json:
             return
         counts = ", ".join(f"{name} {have}/{wanted}" for name, (have, wanted) in self._counts.items())
         fleet_view = self._session.fleet_view if self._session is not None else None
         rollout = fleet_view.latest() if fleet_view is not None else None
-        lines = [f"{self._stage}: {counts}"] if rollout is None else []
+        now_s = asyncio.get_running_loop().time()
+        lines = []
+        if rollout is None and now_s >= self._next_counts_s:
+            lines.append(f"{self._stage}: {counts}")
+            self._next_counts_s = now_s + _COUNTS_EVERY_S
         if fleet_view is not None:
             lines += self.progress.lines(fleet_view, rollout)
         for line in lines:
@@ -475,9 +481,12 @@ class Demo:
                 mark = Text("held", style="green") if check.held else Text("BROKEN", style="bold red")
                 verdict.add_row(mark, check.rule, Text(check.detail, style="dim"))
             self.console.print(verdict)
-        self.console.print(
-            "\nLook around" + ("" if self.options.keep else " (run with --keep to leave it running)") + ":"
-        )
+        if not self.options.keep:
+            self.console.print(
+                f"\nWith --keep the fleet stays, to look around: {', '.join(urls)}.", soft_wrap=True
+            )
+            return
+        self.console.print("\nLook around:")
         for name, url in urls.items():
             self.console.print(f"  {name}: {url}", soft_wrap=True)
-        self.console.print(f"  every message: caesura tail --broker {broker.url}", soft_wrap=True)
+        self.console.print(f"  other commands: export CAESURA_CTL_BROKER_URL={broker.url}", soft_wrap=True)

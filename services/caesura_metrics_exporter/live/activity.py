@@ -135,7 +135,7 @@ def _clock(message: m.VmClockSynced) -> LogEntry:
         return _of_vm(
             message, "clock not synced", "bad", seconds=message.error_after_s, detail=message.reason
         )
-    before = "" if message.error_before_s is None else f", was off by {message.error_before_s:+.3f} s"
+    before = "" if message.error_before_s is None else f", was off by {_signed(message.error_before_s)} s"
     broken = [BROKEN_WORDS[code] for code in broken_codes(message.memory)]
     shown = [in_words(held)] if (held := held_codes(message.memory)) else []
     return _of_vm(
@@ -147,7 +147,15 @@ def _clock(message: m.VmClockSynced) -> LogEntry:
     )
 
 
+def _signed(seconds: float) -> str:
+    """With the minus sign that the page writes."""
+    return f"{seconds:+.3f}".replace("-", "\N{MINUS SIGN}")
+
+
 def _domains(domains: dict[str, int]) -> str:
-    some = [f"{name} {domain}" for name, domain in sorted(domains.items())]
+    # A VM in no set is a set of its own, named after it: its domain says nothing.
+    some = [
+        name[1:] if name.startswith("_") else f"{name} {domain}" for name, domain in sorted(domains.items())
+    ]
     rest = len(some) - _SOME
     return ", ".join(some[:_SOME]) + (f" and {rest} more" if rest > 0 else "")

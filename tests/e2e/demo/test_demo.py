@@ -104,7 +104,7 @@ async def test_a_first_signal_during_the_clean_up_does_not_cancel_it(services: s
     assert process.stdout is not None
     said = b""
     async with asyncio.timeout(patient(90)):
-        while b"every message: " not in said:
+        while b"With --keep the fleet stays" not in said:
             line = await process.stdout.readline()
             assert line, "it ended"
             said += line

@@ -1031,3 +1031,10 @@ def test_a_long_list_of_sets_is_cut() -> None:
     line = log_entry(m.WaveChanged(rollout="r", wave=1, status="started", domains=domains, at=when(T0)), T0)
     assert line is not None
     assert line.detail == "s0 0, s1 1, s2 2, s3 3, s4 4, s5 5 and 3 more"
+
+
+def test_a_vm_in_no_set_is_named_without_its_set_and_domain() -> None:
+    domains = {"_solo": 0, "web": 2}
+    line = log_entry(m.WaveChanged(rollout="r", wave=0, status="started", domains=domains, at=when(T0)), T0)
+    assert line is not None
+    assert line.detail == "solo, web 2"

@@ -36,7 +36,7 @@ from caesura.contract.messages import (
 from caesura.delivery.message import OutboxMessage
 from caesura.runtime.logs import get_logger
 from caesura_host_updater.agent_registry import AgentRegistry
-from caesura_host_updater.clocks.host_clock import HostClock
+from caesura_host_updater.clocks.reference_clock import ReferenceClock
 from caesura_host_updater.clocks.tracker import ClockSyncTracker
 from caesura_host_updater.command_handler import CommandHandler
 from caesura_host_updater.drivers.port import Driver
@@ -120,7 +120,7 @@ class HostUpdater:
             host=host.host,
         )
         self.outbox = Outbox(bus, journal, self._published)
-        self._host_clock = HostClock(Path(settings.state_dir))
+        self._host_clock = ReferenceClock(Path(settings.state_dir))
         self.clocks = ClockSyncTracker(
             host.host,
             driver,

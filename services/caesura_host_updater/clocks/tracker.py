@@ -58,7 +58,7 @@ class ClockSyncTracker:
     Args:
         verdict: receives each verdict, with the operation it is about.
         repeat: publishes a `resumed` again.
-        host_clock_error: why the host's own clock is no reference; then no clock that was set by it is called right.
+        host_clock_error: why the host's own clock cannot be the reference; then no clock that was set by it is called right.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from caesura_vmcontrol import claims, procfs, replacing
@@ -61,9 +61,11 @@ class World:
     processes: list[Qemu] = field(default_factory=list)
     steps: int = 10**6
     loads: bool = True
+    stranger: bool = False
 
-    def boot(self) -> None:
-        """All processes end, the next boot begins."""
+    def boot(self, *, stranger: bool) -> None:
+        """All processes end, the next boot begins. ``stranger``: some process of that one has the pid of one of ours."""
+        self.stranger = stranger
         self.boots += 1
         for each in self.processes:
             each.alive = False
@@ -87,8 +89,11 @@ class World:
 
     # -- in the place of replacing's own ----------------------------------------------------------------------
 
+    def is_stranger(self, pid: int, start_ticks: int) -> bool:
+        return self.stranger and pid in (PID, PID + 1) and start_ticks == TICKS
+
     def is_alive(self, pid: int, start_ticks: int) -> bool:
-        return start_ticks == TICKS and self.find(pid) is not None
+        return self.is_stranger(pid, start_ticks) or (start_ticks == TICKS and self.find(pid) is not None)
 
     def started(self, _: ReplacePlan) -> list[Process]:
         self.step()
@@ -96,13 +101,15 @@ class World:
 
     def kill_and_wait(self, pid: int, start_ticks: int, _: float) -> None:
         self.step()
+        assert not self.is_stranger(pid, start_ticks), "a stranger is killed"
         found = self.find(pid) if start_ticks == TICKS else None
         if found is not None:
             found.alive = False
 
     def start(self, *_: object) -> Process:
         self.step()
-        first = PID if self.boots else PID + 1  # in the boot that is left the old process had that pid
+        # In the boot that is left the old process had that pid.
+        first = PID + 2 if self.stranger else PID if self.boots else PID + 1
         pid = first + sum(each.boot == self.here for each in self.processes)
         self.processes.append(Qemu(self.here, pid, loads=self.loads))
         return Process(pid, 1, pid, "S", TICKS)
@@ -116,6 +123,7 @@ class World:
 
     def reach(self, pid: int, start_ticks: int, *_: object) -> Qemu:
         self.step()
+        assert not self.is_stranger(pid, start_ticks), "a stranger is asked"
         found = self.find(pid) if start_ticks == TICKS else None
         if found is None:
             raise ProcessGone("it is dead")
@@ -192,11 +200,17 @@ def world(patch: pytest.MonkeyPatch, folder: Path) -> World:
 EVENTS = st.one_of(
     st.tuples(st.just("recover"), st.integers(0, 12)),
     st.tuples(
-        st.sampled_from(["boot", "admit", "leave", "a process dies", "it loads", "it does not"]), st.just(0)
+        st.sampled_from(
+            ["boot with a stranger", "boot", "admit", "leave", "a process dies", "it loads", "it does not"]
+        ),
+        st.just(0),
     ),
 )
 
 
+@example([("recover", 12), ("boot", 0)])
+@example([("recover", 12), ("boot with a stranger", 0)])
+@example([("leave", 0), ("boot with a stranger", 0), ("admit", 0), ("recover", 12), ("boot", 0)])
 @given(st.lists(EVENTS, max_size=14))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_at_most_one_process_ever_runs_the_guest(
@@ -241,8 +255,8 @@ def _do(made: World, event: str, steps: int) -> None:
                 pass
             finally:
                 made.steps = 10**6
-        case "boot":
-            made.boot()
+        case "boot" | "boot with a stranger":
+            made.boot(stranger=event != "boot")
         case "admit":
             claims.admit(plan.claims, made.here)
         case "leave":

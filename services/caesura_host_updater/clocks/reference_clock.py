@@ -33,7 +33,7 @@ def is_synchronized() -> bool:
     return not int.from_bytes(timex.raw[_STATUS_AT : _STATUS_AT + 4], "little") & _UNSYNC
 
 
-class HostClock:
+class ReferenceClock:
     """See the module. Its calls do not wait for anything but a small file, when the answer changes.
 
     Args:
@@ -73,7 +73,7 @@ class HostClock:
         )
 
     def _read(self) -> float:
-        """What an earlier run of this service was told in this boot."""
+        """What an earlier run of this service wrote down in this boot."""
         with suppress(OSError, ValueError, KeyError, TypeError):
             data = json.loads((self._folder / _FILE).read_bytes())
             if data["boot_id"] == boot_id():

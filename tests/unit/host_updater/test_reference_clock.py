@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from caesura.contract.messages import ClockSyncAnswered, ClockSyncRequested
-from caesura_host_updater.clocks import host_clock
-from caesura_host_updater.clocks.host_clock import HostClock, is_synchronized
+from caesura_host_updater.clocks import reference_clock
+from caesura_host_updater.clocks.reference_clock import ReferenceClock, is_synchronized
 from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.inventory.vm_spec import VmSpec
 from caesura_host_updater.operation.crash_recovery import CrashRecovery
@@ -34,33 +34,35 @@ class Ntp:
 
 
 def test_a_clock_is_trusted_unless_somebody_says_otherwise(tmp_path: Path) -> None:
-    assert HostClock(tmp_path, Ntp()).error() == "", "a host without NTP is its guests' reference as ever"
+    assert ReferenceClock(tmp_path, Ntp()).error() == "", (
+        "a host without NTP is its guests' reference as ever"
+    )
 
 
 def test_until_ntp_has_set_it_and_over_restarts_of_the_service(tmp_path: Path) -> None:
     ntp = Ntp()
-    one = HostClock(tmp_path, ntp)
+    one = ReferenceClock(tmp_path, ntp)
     one.distrust(1.0)
     assert "1 s off" in one.error()
-    other = HostClock(tmp_path, ntp)
+    other = ReferenceClock(tmp_path, ntp)
     assert "1 s off" in other.error()
     ntp.synchronized = True
     assert other.error() == ""
     ntp.synchronized = False
     assert other.error() == "", "what happens to the clock afterwards is not of the change of the kernel"
-    assert HostClock(tmp_path, ntp).error() == ""
+    assert ReferenceClock(tmp_path, ntp).error() == ""
 
 
 def test_not_in_another_boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    HostClock(tmp_path, Ntp()).distrust(1.0)
-    monkeypatch.setattr(host_clock, "boot_id", lambda: "another")
-    assert HostClock(tmp_path, Ntp()).error() == ""
+    ReferenceClock(tmp_path, Ntp()).distrust(1.0)
+    monkeypatch.setattr(reference_clock, "boot_id", lambda: "another")
+    assert ReferenceClock(tmp_path, Ntp()).error() == ""
 
 
 def test_a_damaged_file_is_none(tmp_path: Path) -> None:
-    HostClock(tmp_path, Ntp()).distrust(1.0)
+    ReferenceClock(tmp_path, Ntp()).distrust(1.0)
     (tmp_path / "host-clock.json").write_bytes(b"{")
-    assert HostClock(tmp_path, Ntp()).error() == ""
+    assert ReferenceClock(tmp_path, Ntp()).error() == ""
 
 
 def test_the_kernel_is_asked_and_nothing_is_set() -> None:

@@ -14,14 +14,16 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from caesura_host_updater.drivers.clock_setting import set_clock
+from caesura_host_updater.drivers.guest_agent import guest_agent
 from caesura_host_updater.drivers.port import ClockSet
 from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp, QmpEvent, QmpUnreachable
-from caesura_host_updater.drivers.qemu.clock_setting import set_clock
 from caesura_host_updater.drivers.qemu.definition import Adopt, QemuOptions, QemuVm
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.qemu.handover import set_capabilities
@@ -84,7 +86,7 @@ class Bench:
         if "memory" in self.definition.run:
             await self.verify()
         await set_clock(
-            "vm", str(self.vm / "ga")
+            "vm", partial(guest_agent, "vm", str(self.vm / "ga"))
         )  # a guest boots up to a second late: its RTC has whole seconds
 
     async def _spawn(self, argv: list[str]) -> asyncio.subprocess.Process:
@@ -158,7 +160,9 @@ class Bench:
         resumed_at = began if not done.get("resumed_at") else done.pop("resumed_at")
         changes: dict[str, Any] = {}
         if clock:
-            changes["clock"] = await set_clock("vm", str(self.vm / "ga"), timeout_s=_CLOCK_S)
+            changes["clock"] = await set_clock(
+                "vm", partial(guest_agent, "vm", str(self.vm / "ga")), timeout_s=_CLOCK_S
+            )
             changes["clock_took_s"] = time.monotonic() - resumed_at
         await self.heartbeat.next(60.0, after=time.monotonic() + _SETTLE_S)
         changes["gap_s"] = self.heartbeat.longest_gap_s(began)

@@ -35,6 +35,10 @@ qemu-system-x86    qemu-system-x86_64                     unit integration e2e j
 qemu-utils         qemu-img                               unit integration e2e journeys
 ovmf               /usr/share/OVMF/OVMF_CODE.fd           integration e2e journeys
 swtpm              swtpm                                  integration e2e journeys
+libvirt-daemon     libvirtd                               integration e2e journeys
+libvirt-daemon-driver-qemu /usr/lib/x86_64-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so integration e2e journeys
+libvirt-clients    virsh                                  integration e2e journeys
+python3-libvirt    /usr/lib/python3/dist-packages/libvirt.py integration e2e journeys
 slirp4netns        slirp4netns                            e2e journeys
 iproute2           ip                                     integration e2e compose journeys clients
 e2fsprogs          mkfs.ext4                              unit integration e2e journeys

@@ -18,6 +18,7 @@ from caesura_vmcontrol import claims, markers
 from caesura_vmcontrol.boots import of_another_boot
 from caesura_vmcontrol.container_engine import EnginePlan
 from caesura_vmcontrol.intent import Intent
+from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
 from caesura_vmcontrol.markers import Marker
 from caesura_vmcontrol.procfs import boot_id
 from caesura_vmcontrol.qemu_plans import QemuPlan, ReplacePlan, SwapPlan
@@ -164,6 +165,8 @@ def how_to_resume(plan: ResumePlan | None) -> str:
             return f"resume it with: kill -CONT -{leader}"
         case EnginePlan(container=container):
             return f"resume it with: docker unpause {container[:12]} (or podman unpause)"
+        case LibvirtPlan(uri=uri, uuid=uuid):
+            return f"resume it with: virsh -c {uri} resume {uuid}"
         case QemuPlan(vmm=vmm):
             return f"resume it with the command cont on its QMP socket, such as {vmm.qmp}"
         case _:

@@ -38,9 +38,10 @@ from caesura.runtime.logs import get_logger
 from caesura_host_updater.agent_registry import AgentRegistry
 from caesura_host_updater.clocks.tracker import ClockSyncTracker
 from caesura_host_updater.command_handler import CommandHandler
-from caesura_host_updater.drivers.port import Driver
+from caesura_host_updater.drivers.port import Driver, MembershipCapable
 from caesura_host_updater.epoch_tracker import EpochTracker
 from caesura_host_updater.guard_client import GuardClient
+from caesura_host_updater.host_vms import HostVms
 from caesura_host_updater.installed_probe import InstalledProbe
 from caesura_host_updater.inventory.builder import inventory
 from caesura_host_updater.inventory.catalogue_reader import CatalogueReader
@@ -58,6 +59,7 @@ from caesura_host_updater.operation.state import Operation
 from caesura_host_updater.outbox import Outbox
 from caesura_host_updater.pause_markers import PauseMarkers
 from caesura_host_updater.settings import HostUpdaterSettings
+from caesura_host_updater.subscriptions import agent_filters
 from caesura_host_updater.vm_details import VmDetailsPublisher
 from caesura_host_updater.vm_status import VmStatuses
 from caesura_host_updater.vm_view import VmView
@@ -100,7 +102,7 @@ class HostUpdater:
     ) -> None:
         self._settings = settings
         self._host = host
-        self._vms = {vm.name: vm for vm in host.vm}
+        self._vms = HostVms(host.vm)
         self._driver = driver
         self._guard = guard
         self._journal = journal
@@ -122,7 +124,7 @@ class HostUpdater:
         self.clocks = ClockSyncTracker(
             host.host,
             driver,
-            without_agent=frozenset(vm.name for vm in host.vm if not vm.agent),
+            has_agent=self._vms.has_agent,
             timeout_s=settings.clock_timeout_s,
             verdict=self._clock_judged,
             repeat=self.outbox.queue,
@@ -135,7 +137,7 @@ class HostUpdater:
         self._finalizer = OperationFinalizer(
             self._fact_factory, journal=journal, outbox=self.outbox, clocks=self.clocks, metrics=metrics
         )
-        self._view = VmView(host.vm, driver)
+        self._view = VmView(self._vms, driver)
         self._kernel = KernelReadiness(
             host.kernel,
             state_dir=Path(settings.state_dir),
@@ -305,9 +307,20 @@ class HostUpdater:
         self._changed.set()
 
     async def _watch_vms(self) -> None:
+        self._take_members()
         while True:
             await self._driver.changed()
+            self._take_members()
             self._changed.set()
+
+    def _take_members(self) -> None:
+        """The VMs that a driver has found or lost."""
+        if not isinstance(self._driver, MembershipCapable):
+            return
+        members = self._driver.members()
+        left = self._vms.replace(members)
+        self._statuses.left(left)
+        self.bus.subscribe_also([each for vm in members for each in agent_filters(vm)])
 
     # -- commands and operations ----------------------------------------------------------------------------
 

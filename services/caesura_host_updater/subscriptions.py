@@ -16,6 +16,7 @@ from caesura.contract.messages import (
 )
 from caesura.contract.topics import channel_of
 from caesura_host_updater.inventory.host_config import HostFile
+from caesura_host_updater.inventory.vm_spec import VmSpec
 
 
 def filters(host: HostFile) -> list[str]:
@@ -30,7 +31,11 @@ def filters(host: HostFile) -> list[str]:
         channel_of(HostPresence).filter(host=host.host),
     ]
     for vm in host.vm:
-        if vm.agent:
-            of_agents = (AgentPresence, AgentClockSynced, ClockSyncRequested)
-            wanted += [channel_of(message).filter(vm=vm.name) for message in of_agents]
+        wanted += agent_filters(vm)
     return wanted
+
+
+def agent_filters(vm: VmSpec) -> list[str]:
+    """What an agent in this VM says, if there is one."""
+    of_agents = (AgentPresence, AgentClockSynced, ClockSyncRequested)
+    return [channel_of(message).filter(vm=vm.name) for message in of_agents] if vm.agent else []

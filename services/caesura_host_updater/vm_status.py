@@ -5,7 +5,7 @@ Nothing waits for it: a pause only records the state, and the newest is publishe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Container, Iterable
 from datetime import UTC, datetime
 
 import msgspec
@@ -27,16 +27,16 @@ class VmStatuses:
 
     Args:
         host: its name.
-        vms: the names of its VMs: the status of others that this host once had is removed.
+        vms: its VMs: the status of others that this host once had is removed.
         post: where they are published.
         now: the wall clock.
     """
 
     def __init__(
-        self, host: str, vms: Iterable[str], post: MessageClient, now: Callable[[], datetime] = _now
+        self, host: str, vms: Container[str], post: MessageClient, now: Callable[[], datetime] = _now
     ) -> None:
         self._host = host
-        self._vms = frozenset(vms)
+        self._vms = vms
         self._source = post.source
         self._now = now
         self._known: dict[str, VmStatus] = {}
@@ -133,6 +133,13 @@ class VmStatuses:
             self._earlier[status.vm] = status.last_pause
             if known is not None:
                 self._put(msgspec.structs.replace(known, last_pause=status.last_pause, at=self._now()))
+
+    def left(self, vms: Iterable[str]) -> None:
+        """These are not VMs of this host any more: what is retained of them is removed."""
+        for vm in vms:
+            self._known.pop(vm, None)
+            self._earlier.pop(vm, None)
+            self._ask(vm)
 
     def connected(self) -> None:
         """A broker may have lost what it retained: everything is published again."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from caesura.contract.messages import VmRecord
 from caesura_host_updater.drivers.port import Driver, DriverError, states_within
+from caesura_host_updater.host_vms import HostVms
 from caesura_host_updater.inventory.builder import clock_of, vm_records
-from caesura_host_updater.inventory.vm_spec import VmSpec
 from caesura_host_updater.pause_markers import how_to_resume
 from caesura_vmcontrol.resume_plans import ResumePlan
 
@@ -17,8 +17,8 @@ STATES_S = 2.0  # s: to read the states of all VMs, which takes milliseconds
 class VmView:
     """See the module."""
 
-    def __init__(self, specs: Sequence[VmSpec], driver: Driver) -> None:
-        self._specs = specs
+    def __init__(self, vms: HostVms, driver: Driver) -> None:
+        self._vms = vms
         self._driver = driver
         self._foreign: dict[str, str] = {}
         """VMs that somebody else paused, and how they are resumed; as last looked."""
@@ -36,11 +36,11 @@ class VmView:
         }
         wrong = {vm: why for vm in states if (why := self._driver.health_error(vm))}
         details = {**self._foreign, **wrong}
-        return vm_records(self._specs, self._driver.capabilities, states, details, canaries)
+        return vm_records(tuple(self._vms), self._driver.capabilities, states, details, canaries)
 
     def has_clock(self, vm: str) -> bool:
         """Whether there is a verdict on its clock after a pause."""
-        spec = next((each for each in self._specs if each.name == vm), None)
+        spec = self._vms.get(vm)
         return spec is not None and clock_of(spec, self._driver.capabilities(vm)) != "none"
 
     def health_error(self) -> str:

@@ -22,7 +22,8 @@ The texts, and what each promises:
 
 After ``new``, a process that *knows* that the claimed one never ran the guest (see ``qmp_commands.end_unless_it_ran``) may make
 the next claim: ``old`` (swap) or ``file`` (replace). After ``file`` any process may claim ``file`` again: a process that
-was started before and is not claimed has then lost, and can be killed safely.
+was started before and is not claimed has then lost, and can be killed safely, but only by the one that made that very claim. Who finds
+that another process made it, with the same text, knows nothing of the processes that were started: they may have been started after it.
 
 Beside the claims there are notes of how far the operation came, which QEMU's states do not show:
 
@@ -166,25 +167,40 @@ def claim(folder: str, number: int, text: str, *, durable: bool = False) -> str:
             enough to need no block.
         FileNotFoundError: the folder does not exist: the operation is over.
     """
-    parse_owner(text)
-    with suppress(FileExistsError):
-        try:
-            os.symlink(text, f"{folder}/{number}")
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            _claim_again(folder, number, text, error)
-    if durable:
-        sync_folder(folder)
+    claim_first(folder, number, text, durable=durable)
     return os.readlink(f"{folder}/{number}")
 
 
-def _claim_again(folder: str, number: int, text: str, full: OSError) -> None:
+def claim_first(folder: str, number: int, text: str, *, durable: bool = False) -> bool:
+    """As ``claim``; whether this very call made it. Two processes may claim the same text: the state file again.
+
+    Raises:
+        BadClaim, OSError: as ``claim``.
+    """
+    parse_owner(text)
+    try:
+        os.symlink(text, f"{folder}/{number}")
+        made = True
+    except FileExistsError:
+        made = False
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        made = _claim_again(folder, number, text, error)
+    if durable:
+        sync_folder(folder)
+    return made
+
+
+def _claim_again(folder: str, number: int, text: str, full: OSError) -> bool:
     """On a full disk: the same text was claimed before, and another name for it needs no space."""
     for name in os.listdir(folder):
         if name.isdigit() and os.readlink(f"{folder}/{name}") == text:
-            os.link(f"{folder}/{name}", f"{folder}/{number}", follow_symlinks=False)
-            return
+            try:
+                os.link(f"{folder}/{name}", f"{folder}/{number}", follow_symlinks=False)
+            except FileExistsError:
+                return False
+            return True
     raise full
 
 

@@ -1,4 +1,4 @@
-"""QEMU guests and containers are probed and resumed side by side: one round each in a thread, so that one whose QEMU or engine
+"""QEMU guests, domains of libvirt and containers are probed and resumed side by side: one round each in a thread, so that one whose QEMU, daemon or engine
 hangs delays no other.
 """
 
@@ -13,6 +13,7 @@ from queue import Empty, SimpleQueue
 from caesura_vmcontrol import qemu_control
 from caesura_vmcontrol.container_engine import EnginePlan
 from caesura_vmcontrol.freezer_control import Condition
+from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
 from caesura_vmcontrol.procfs import Process
 from caesura_vmcontrol.qemu_plans import QemuPlan, ReplacePlan, SwapPlan
 from caesura_vmcontrol.resume_plans import ResumePlan
@@ -21,7 +22,7 @@ _BACK_OFF_S = 0.25  # s: the longest wait between two rounds of a VM that cannot
 _FIRST_S = 0.005
 
 VMM_PLANS = (QemuPlan, SwapPlan, ReplacePlan)
-ASKING_PLANS = (*VMM_PLANS, EnginePlan)
+ASKING_PLANS = (*VMM_PLANS, EnginePlan, LibvirtPlan)
 """Those whose way out asks another process, which may hang."""
 Look = Callable[[ResumePlan, Mapping[int, Process] | None], Condition]
 Release = Callable[[ResumePlan, Mapping[int, Process] | None], None]
@@ -44,7 +45,7 @@ class ProbeResult:
 
 
 class SocketProbes:
-    """The rounds of one operation's VMs that are asked over a socket, QEMU guests and containers; at most one under way for each.
+    """The rounds of one operation's VMs that are asked over a socket; at most one under way for each.
 
     The first round of a guest always brings its operation to a decision, even while the guest runs: a swap that was not
     begun yet must not be begun later by an updater that wakes up.

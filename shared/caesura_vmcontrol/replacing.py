@@ -108,7 +108,7 @@ def recover(plan: ReplacePlan, *, alone: bool) -> None:
             if claims.retry_in_s(plan.claims) > 0:
                 raise NotRunning(_failed_tries(plan))
             tries += 1
-            _restore(plan, number, owner, until)
+            _restore(plan, number, owner, until, alone=alone)
 
 
 def _claim(plan: ReplacePlan, number: int, text: str) -> str:
@@ -195,7 +195,8 @@ def _failed_tries(plan: ReplacePlan) -> str:
     """Why no new process has the guest yet; when it is always the same reason, what an operator can do."""
     why = claims.stuck(plan.claims)
     if not why:
-        return f"no new process could take the guest: {claims.failures(plan.claims)[-1]}"
+        failures = claims.failures(plan.claims)
+        return f"no new process could take the guest: {failures[-1] if failures else 'others are at it'}"
     return (
         f"{STUCK}: every try of a new process fails in the same way: {why[:_SAID]}. Its memory is in its RAM file and its "
         f"device state in {plan.state_file}; both are kept, and it is tried again every {claims.LONGEST_WAIT_S:g} s. "
@@ -256,8 +257,8 @@ def _let_run(plan: ReplacePlan, number: int, owner: Owner, qmp: Qmp, until: floa
     return True
 
 
-def _restore(plan: ReplacePlan, number: int, owner: Owner, until: float) -> None:
-    """Start a process, have it load the file, claim for it, resume it.
+def _restore(plan: ReplacePlan, number: int, owner: Owner, until: float, *, alone: bool) -> None:
+    """Start a process, have it load the file, claim for it, resume it. Returns without a try where another claim was made.
 
     Raises:
         OSError: this try failed and the time is over; the attempt is noted beside the claims.
@@ -268,9 +269,12 @@ def _restore(plan: ReplacePlan, number: int, owner: Owner, until: float) -> None
         kill_and_wait(plan.old.pid, plan.old.start_ticks, until)
     doomed = started(plan)
     if doomed:
-        # The process that started them may be about to claim: after this claim it cannot, so they can be killed.
-        stands = _claim(plan, number + 1, owner.text)
-        if stands != owner.text:
+        if not alone and any(_age_s(each) < _patience_s(plan) for each in doomed):
+            # Two that kill each other's processes never end where a start takes longer than they wait for each other.
+            raise NotRunning("another process is loading the guest")
+        # The process that started them may be about to claim: after this claim it cannot, so they can be killed. After
+        # another process's claim it can: they may have been started after that one.
+        if not claims.claim_first(plan.claims, number + 1, owner.text, durable=plan.across is not None):
             return
         number += 1
         for each in doomed:
@@ -368,7 +372,7 @@ def _loaded(plan: ReplacePlan, process: Process, state: int) -> Qmp:
     Raises:
         QmpError: it does not load it, or not in time.
     """
-    patience_s = _ARRIVAL_START_S if of_another_boot(plan) else _START_S
+    patience_s = _patience_s(plan)
     until = time.monotonic() + patience_s
     qmp = reach(process.pid, process.start_ticks, [plan.qmp], until)
     try:
@@ -377,6 +381,16 @@ def _loaded(plan: ReplacePlan, process: Process, state: int) -> Qmp:
         qmp.close()
         raise
     return qmp
+
+
+def _patience_s(plan: ReplacePlan) -> float:
+    """From the start of a process to the loaded state, in seconds."""
+    return _ARRIVAL_START_S if of_another_boot(plan) else _START_S
+
+
+def _age_s(process: Process) -> float:
+    """Seconds since it was started."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - process.start_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _load(qmp: Qmp, state: int, until: float, patience_s: float) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from caesura_vmcontrol import qemu_plans
 from caesura_vmcontrol.container_engine import EnginePlan
+from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
 from caesura_vmcontrol.plan_errors import BadPlan
 from caesura_vmcontrol.procfs import DEAD, Process, thread_states
 from caesura_vmcontrol.qemu_plans import QemuPlan, ReplacePlan, SwapPlan
@@ -85,11 +86,11 @@ def _has_live_thread(pid: int) -> bool:
     return any(state not in DEAD for state in thread_states(pid))
 
 
-ResumePlan = CgroupPlan | SignalPlan | EnginePlan | QemuPlan | SwapPlan | ReplacePlan
+ResumePlan = CgroupPlan | SignalPlan | EnginePlan | LibvirtPlan | QemuPlan | SwapPlan | ReplacePlan
 
-Mechanism = Literal["signal", "cgroup", "qmp", "engine"]
-"""How the guard resumes a VM alone: the signals of a process group, a cgroup's file, QMP, a container engine. A closed set, for
-the guard imports nothing of a driver. A further one (libvirt's RPC) is a member here, a plan, and a branch in
+Mechanism = Literal["signal", "cgroup", "qmp", "engine", "libvirt"]
+"""How the guard resumes a VM alone: the signals of a process group, a cgroup's file, QMP, a container engine, libvirt's RPC. A closed
+set, for the guard imports nothing of a driver. A further one is a member here, a plan, and a branch in
 ``mechanism_of``, ``plan_to_json``, ``plan_from_json``, and in ``vm_control``; with the standard library only."""
 
 MECHANISMS: tuple[Mechanism, ...] = get_args(Mechanism)
@@ -106,6 +107,8 @@ def mechanism_of(plan: object) -> Mechanism | None:
             return "qmp"
         case EnginePlan():
             return "engine"
+        case LibvirtPlan():
+            return "libvirt"
         case _:
             return None
 
@@ -116,6 +119,8 @@ def plan_to_json(plan: ResumePlan) -> dict[str, Any]:
         return qemu_plans.to_json(plan)
     if isinstance(plan, EnginePlan):
         return {**asdict(plan), "kind": "engine"}
+    if isinstance(plan, LibvirtPlan):
+        return {**asdict(plan), "kind": "libvirt"}
     kind = "signal" if isinstance(plan, SignalPlan) else plan.kind
     return {**asdict(plan), "kind": kind}
 
@@ -136,6 +141,8 @@ def plan_from_json(data: object) -> ResumePlan:
             return qemu_plans.from_json(data)
         if data.get("kind") == "engine":
             return _engine_plan(data)
+        if data.get("kind") == "libvirt":
+            return _libvirt_plan(data)
         return CgroupPlan(data["vm"], data["kind"], data["control"])
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise BadPlan(f"plan of {data['vm']!r} lacks or garbles {error}") from error
@@ -153,6 +160,22 @@ def _engine_plan(data: Mapping[str, Any]) -> EnginePlan:
     )
     cgroup_of(plan)
     return plan
+
+
+def _libvirt_plan(data: Mapping[str, Any]) -> LibvirtPlan:
+    paths = data["qmp"]
+    if not isinstance(paths, list | tuple):
+        raise BadPlan("qmp is a list of sockets")
+    return LibvirtPlan(
+        data["vm"],
+        data["socket"],
+        data["uri"],
+        data["uuid"],
+        data["number"],
+        data["pid"],
+        data["start_ticks"],
+        tuple(paths),
+    )
 
 
 def cgroup_of(plan: EnginePlan) -> CgroupPlan:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from caesura_vmcontrol import container_control, freezer_control, qemu_control
+from caesura_vmcontrol import container_control, freezer_control, libvirt_control, qemu_control
 from caesura_vmcontrol.container_engine import EnginePlan
 from caesura_vmcontrol.freezer_control import Condition
+from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
 from caesura_vmcontrol.procfs import Process
 from caesura_vmcontrol.resume_plans import CgroupPlan, ResumePlan, SignalPlan
 
@@ -31,6 +32,8 @@ def condition(plan: ResumePlan, table: Mapping[int, Process] | None = None) -> C
             return freezer_control.signal_condition(plan, table)
         case EnginePlan():
             return container_control.container_condition(plan)
+        case LibvirtPlan():
+            return libvirt_control.libvirt_condition(plan)
         case _:
             return qemu_control.condition(plan)
 
@@ -50,5 +53,7 @@ def thaw(plan: ResumePlan, table: Mapping[int, Process] | None = None) -> None:
             freezer_control.continue_processes(plan, table)
         case EnginePlan():
             container_control.resume_container(plan)
+        case LibvirtPlan():
+            libvirt_control.resume_domain(plan)
         case _:
             qemu_control.thaw(plan)

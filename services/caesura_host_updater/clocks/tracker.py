@@ -58,14 +58,14 @@ class ClockSyncTracker:
         host: str,
         driver: Driver,
         *,
-        without_agent: frozenset[str],
+        has_agent: Callable[[str], bool],
         timeout_s: float,
         verdict: Callable[[VmClockSynced], None],
         repeat: Callable[[OutboxMessage], None],
     ) -> None:
         self._host = host
         self._driver = driver
-        self._without_agent = without_agent
+        self._has_agent = has_agent
         self._timeout_s = timeout_s
         self._verdict = verdict
         self._repeat = repeat
@@ -201,7 +201,7 @@ class ClockSyncTracker:
                 self._close(pending, verdict)
             else:
                 self._ask_driver(pending, f"its agent could not: {verdict.reason}")
-        elif pending.wait.vm in self._without_agent:
+        elif not self._has_agent(pending.wait.vm):
             self._ask_driver(pending, "no agent")
         elif pending.published_at is not None and now >= pending.published_at + self._timeout_s:
             why = f"its agent did not answer within {self._timeout_s:g} s"

@@ -1,7 +1,7 @@
 """The driver port: what the host updater may ask of a hypervisor.
 
 ``Driver`` is what every driver has. What only some can do is a protocol of its own beside it, asked for by ``isinstance``:
-``SwapCapable``, ``ReplaceCapable``, ``RebootCapable``, ``DigestCapable``, ``ClockCapable``. ``plugin`` says how a driver is found and made.
+``MembershipCapable``, ``SwapCapable``, ``ReplaceCapable``, ``RebootCapable``, ``DigestCapable``, ``ClockCapable``. ``plugin`` says how a driver is found and made.
 
 One conformance suite (``caesura.conformance.drivers``) holds every driver to it.
 """
@@ -9,13 +9,14 @@ One conformance suite (``caesura.conformance.drivers``) holds every driver to it
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 
 from caesura.contract.messages import Method, ProofCode, VmState
 from caesura.runtime.errors import CaesuraError
+from caesura_host_updater.inventory.vm_spec import VmSpec
 from caesura_vmcontrol.resume_plans import MECHANISMS, ResumePlan, mechanism_of
 
 
@@ -199,6 +200,14 @@ class Driver(Protocol):
 
     def process_of(self, vm: str) -> str:
         """What runs the guest now, for people: ``QEMU 7.2.22 (pid 4711)``; empty when nothing does."""
+
+
+@runtime_checkable
+class MembershipCapable(Protocol):
+    """A driver whose VMs come and go while it is open. ``changed`` returns when they did."""
+
+    def members(self) -> Sequence[VmSpec]:
+        """The VMs that there are now. One of an operation stays until ``release``."""
 
 
 @runtime_checkable

@@ -296,6 +296,19 @@ class ReconnectingBus(ABC):
         stand_ins = [each for wide in self._muted for each in self._instead.get(wide, ())]
         return [each for each in (*self.filters, *stand_ins) if each not in self._muted]
 
+    def subscribe_also(self, filters: Sequence[str]) -> None:
+        """See ``Bus``."""
+        more = [each for each in dict.fromkeys(filters) if each not in self.filters]
+        for each in more:
+            check_filter(each)
+        if more:
+            self.filters = (*self.filters, *more)
+            self._subscribe_more(more)
+
+    @abstractmethod
+    def _subscribe_more(self, filters: Sequence[str]) -> None:
+        """These are new in ``filters``: subscribe to them if there is a connection."""
+
     def _mute(self, filters: Sequence[str], instead: Sequence[str]) -> None:  # noqa: B027 - an adapter need not
         """These filters were put into ``_muted``: an adapter that can unsubscribe does so until their time is up."""
 

@@ -308,6 +308,10 @@ class MemoryBus(ReconnectingBus):
             )
         self._broker.accept(connection, message, retain=retain)
 
+    def _subscribe_more(self, filters: Sequence[str]) -> None:  # noqa: ARG002 - it is given all
+        if self._connection is not None:
+            self._broker.subscribe(self._connection, self.filters)
+
     async def _keep_connected(self) -> None:
         while True:
             connection = MemoryConnection(self.client_id, self._arrived, self._will)

@@ -223,6 +223,10 @@ class MqttBus(ReconnectingBus):
         for each in _packets(filters):
             await link.subscribe_all(each)
 
+    def _subscribe_more(self, filters: Sequence[str]) -> None:
+        self._to_subscribe += filters
+        self._to_unmute.set()
+
     def _mute(self, filters: Sequence[str], instead: Sequence[str]) -> None:
         if self._link is not None and not instead:
             self._link.drop(filters)

@@ -17,7 +17,7 @@ The promises, and the ones that are *not* made:
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -133,6 +133,12 @@ class Bus(Protocol):
             BusUnavailable: no connection, or no acknowledgement, within ``timeout_s`` seconds; raised at once
                 when the connection ends while waiting, never after hanging on a dead one.
             PublishRefused: the broker refused (MQTT 5 only).
+        """
+
+    def subscribe_also(self, filters: Sequence[str]) -> None:
+        """Subscribe to these, too, now and after every connect; those that are subscribed to already are left as they are.
+
+        Returns at once; what the broker refuses ends the connection, as at a connect.
         """
 
     async def wait_connected(self, timeout_s: float) -> bool:

@@ -48,6 +48,25 @@ class BusSessions:
         async with running(await harness.bus(filters=["open/kept"]), got.receive):
             await got.until_payload(b"kept")
 
+    async def test_a_filter_that_is_added_later_is_kept_over_connections(self, harness: BusHarness) -> None:
+        got = Collector()
+        sender = await harness.bus()
+        receiver = await harness.bus("receiver", filters=["open/first"])
+        async with running(sender), running(receiver, got.receive):
+            await sender.publish("open/later", b"retained", retain=True)
+            await sender.publish("open/first", b"1")
+            await got.until_payload(b"1")
+            assert [each.payload for each in got.deliveries] == [b"1"]
+            receiver.subscribe_also(["open/later", "open/first"])
+            await got.until_payload(b"retained")
+            await sender.publish("open/later", b"2")
+            await got.until_payload(b"2")
+            await harness.cut("receiver")
+            await eventually(lambda: receiver.stats.connects == 2)
+            await receiver.wait_connected(PATIENCE_S)
+            await sender.publish("open/later", b"3")
+            await got.until_payload(b"3")
+
     async def test_the_last_will_is_sent_when_a_client_vanishes(self, harness: BusHarness) -> None:
         got, late = Collector(), Collector()
         will = Will("open/presence/h1", b"gone")

@@ -19,6 +19,9 @@ class DriverHarness(ABC):
     exclusive: bool = False
     """Whether VMs can be reached by one driver at a time (a QMP socket serves one client); the previous one is then closed first."""
 
+    starts_vms: bool = True
+    """Whether the driver starts VMs that do not run when it is opened; False: that is their owner's."""
+
     @abstractmethod
     def build(self) -> Driver:
         """A driver of these VMs, not open; every one is on the same state folder, as that of a restarted host updater is."""

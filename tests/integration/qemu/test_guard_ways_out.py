@@ -337,13 +337,19 @@ class Guard:
         connection = socket.socket(socket.AF_UNIX)
         try:
 
-            def listens() -> bool:
+            def answers() -> bool:
+                """A process that a killed guard was about to start holds that one's socket until it executes its program."""
+                nonlocal connection
                 with suppress(OSError):
                     connection.connect(socket_address(handle))
-                    return True
+                    connection.sendall(b'{"do": "status"}\n')
+                    if connection.recv(1 << 20):
+                        return True
+                connection.close()
+                connection = socket.socket(socket.AF_UNIX)
                 return False
 
-            wait(listens, "the guard to listen")
+            wait(answers, "the guard to answer")
         finally:
             os.close(handle)
         self.connection = connection

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 
 import pytest
 import pytest_asyncio
 
-from caesura_host_updater.drivers.qemu import clock_setting
-from caesura_host_updater.drivers.qemu.clock_setting import set_clock
-from caesura_host_updater.drivers.qemu.guest_agent import AgentRefused, AgentSilent, guest_agent
+from caesura_host_updater.drivers import clock_setting
+from caesura_host_updater.drivers.clock_setting import set_clock
+from caesura_host_updater.drivers.guest_agent import AgentRefused, AgentSilent, guest_agent
 from caesura_testing.guests import Definition, RunningGuest, boot, connect, qemu_installed
 from caesura_testing.patience import patient
 
@@ -55,7 +56,7 @@ async def test_a_clock_that_fell_behind_is_put_right(
 ) -> None:
     if not stepped:
         monkeypatch.setattr(clock_setting, "STEP_PROGRAM", "/no/such/program")
-    await set_clock("vm", str(guest.guest_agent))
+    await set_clock("vm", partial(guest_agent, "vm", str(guest.guest_agent)))
     for pause_s in (0.01, 1.0):
         await guest.execute("stop")
         stopped = asyncio.get_running_loop().time()
@@ -63,7 +64,7 @@ async def test_a_clock_that_fell_behind_is_put_right(
         await guest.execute("cont")
         lasted_s = asyncio.get_running_loop().time() - stopped  # as busy as the machine is
         begun = asyncio.get_running_loop().time()
-        found = await set_clock("vm", str(guest.guest_agent))
+        found = await set_clock("vm", partial(guest_agent, "vm", str(guest.guest_agent)))
         took_s = asyncio.get_running_loop().time() - begun
         assert -lasted_s - patient(0.2) < found.before_s
         assert found.before_s < -pause_s * 0.9, "a stopped guest's clock stands still"
@@ -81,8 +82,8 @@ async def test_a_guest_that_stands_still_does_not_answer(guest: RunningGuest) ->
         with pytest.raises(
             AgentSilent, match="VM vm: the guest agent does not answer: is qemu-guest-agent running"
         ):
-            await set_clock("vm", str(guest.guest_agent), timeout_s=0.6)
+            await set_clock("vm", partial(guest_agent, "vm", str(guest.guest_agent)), timeout_s=0.6)
         assert asyncio.get_running_loop().time() - begun < patient(2)
     finally:
         await guest.execute("cont")
-    assert abs((await set_clock("vm", str(guest.guest_agent))).after_s) < 0.05
+    assert abs((await set_clock("vm", partial(guest_agent, "vm", str(guest.guest_agent)))).after_s) < 0.05

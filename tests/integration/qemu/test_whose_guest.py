@@ -139,7 +139,7 @@ async def test_our_own_migration_when_the_updater_died_before_it_was_written_dow
     await rig.only(pid)
 
 
-def refuse(*_: Any) -> str:
+def refuse(*_: Any, **__: Any) -> str:
     """A disk that fails at the moment of the claim."""
     raise OSError("no claim")
 

@@ -240,6 +240,19 @@ class Sandbox:
         }
         self._host(name, table, vms, settings)
 
+    def libvirt_host(
+        self, name: str, socket: str, uri: str, domains: Mapping[str, tuple[str, int]], **settings: str
+    ) -> None:
+        """Describe a host updater whose VMs are domains that are defined and labelled already.
+
+        Args:
+            socket: the daemon's.
+            domains: VM to its set and its update domain.
+        """
+        table = {"host": name, "driver": "libvirt", "libvirt": {"uri": uri, "socket": socket}}
+        vms = [Vm(name=vm, set=group, update_domain=domain) for vm, (group, domain) in domains.items()]
+        self._host(name, table, vms, settings)
+
     def container_host(
         self, name: str, socket: str, containers: Mapping[str, tuple[str, str, int]], **settings: str
     ) -> None:

@@ -60,7 +60,7 @@ class Desk:
         self.desk = ClockSyncTracker(
             "host-1",
             driver,
-            without_agent=frozenset(without_agent),
+            has_agent=lambda vm: vm not in without_agent,
             timeout_s=timeout_s,
             verdict=self.verdicts.put_nowait,
             repeat=lambda _: None,

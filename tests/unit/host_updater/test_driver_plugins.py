@@ -55,7 +55,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 
 
 def test_ours_are_installed_and_each_can_be_loaded() -> None:
-    assert installed_drivers() == ("container", "process", "qemu")
+    assert installed_drivers() == ("container", "libvirt", "process", "qemu")
     for name in installed_drivers():
         plugin = load_plugin(name)
         assert plugin.name == name
@@ -64,7 +64,7 @@ def test_ours_are_installed_and_each_can_be_loaded() -> None:
 
 def test_every_plan_of_the_guard_has_a_mechanism_and_nothing_else_has() -> None:
     assert {kind.__name__ for kind in get_args(ResumePlan)} == {
-        "CgroupPlan", "SignalPlan", "EnginePlan", "QemuPlan", "SwapPlan", "ReplacePlan",
+        "CgroupPlan", "SignalPlan", "EnginePlan", "LibvirtPlan", "QemuPlan", "SwapPlan", "ReplacePlan",
     }  # fmt: skip
     vmm = {"pid": 2, "start_ticks": 1, "qmp": "/q"}
     swap = {"vm": "a", "kind": "swap", "old": vmm, "new": {**vmm, "pid": 3}, "claims": "/c"}
@@ -83,7 +83,12 @@ def test_every_plan_of_the_guard_has_a_mechanism_and_nothing_else_has() -> None:
         "control": "/sys/fs/cgroup/x/cgroup.freeze",
     }  # fmt: skip
     found += [mechanism_of(plan_from_json(engine))]
-    assert found == ["qmp", "qmp", "qmp", "signal", "cgroup", "engine"]
+    libvirt = {
+        "vm": "a", "kind": "libvirt", "socket": "/s", "uri": "qemu:///system", "uuid": "783136f9-2b12-4ee3-8a40-5eee38a7cccd",
+        "number": 1, "pid": 2, "start_ticks": 1, "qmp": ["/q"],
+    }  # fmt: skip
+    found += [mechanism_of(plan_from_json(libvirt))]
+    assert found == ["qmp", "qmp", "qmp", "signal", "cgroup", "engine", "libvirt"]
     assert set(found) == set(MECHANISMS)
     assert mechanism_of({"vm": "a", "kind": "signal"}) is None
 
@@ -92,7 +97,7 @@ async def test_a_plug_in_reads_its_part_of_the_host_file_and_makes_its_driver(
     install: Install, tmp_path: Path
 ) -> None:
     install("example", EXAMPLE)
-    assert installed_drivers() == ("container", "example", "process", "qemu")
+    assert installed_drivers() == ("container", "example", "libvirt", "process", "qemu")
     file = parse_host_file(f"{FILE}[example]\nstop_s = 3\n", "host.toml")
     (vm,) = file.vm
     assert isinstance(vm, ExampleVm)
@@ -136,7 +141,7 @@ async def test_a_plug_in_reads_its_part_of_the_host_file_and_makes_its_driver(
         ),
         (
             FILE.replace('"example"', '"exemple"'),
-            "there is no driver 'exemple': write 'container', 'example', 'process' or 'qemu' - at `$.driver`",
+            "there is no driver 'exemple': write 'container', 'example', 'libvirt', 'process' or 'qemu' - at `$.driver`",
         ),
     ],
 )
@@ -178,7 +183,7 @@ class Bad(ExamplePlugin):
 """
 _HTTP = (
     "it has VMs resumed by 'http'; the pause guard, which resumes VMs when the host updater is dead, "
-    "knows 'signal', 'cgroup', 'qmp', 'engine'"
+    "knows 'signal', 'cgroup', 'qmp', 'engine', 'libvirt'"
 )
 
 
@@ -236,7 +241,8 @@ def test_a_driver_that_cannot_be_used_is_refused_by_name(install: Install, code:
 
 def test_a_driver_that_is_not_installed_is_refused_with_what_is() -> None:
     with pytest.raises(
-        DriverUnusable, match="'magic' is not installed; installed: 'container' and 'process' and 'qemu'"
+        DriverUnusable,
+        match="'magic' is not installed; installed: 'container' and 'libvirt' and 'process' and 'qemu'",
     ):
         load_plugin("magic")
 

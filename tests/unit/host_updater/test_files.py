@@ -48,7 +48,10 @@ def test_host_file() -> None:
         ('host = "h"\nhots = 1', "hots"),
         ('host = "h"\n' + VM.replace("argv", "arg"), "arg"),
         ('host = "h"\n[[vm]]\nname = "a"\n', "no [[vm.process]]"),
-        ('host = "h"\ndriver = "magic"', "'magic': write 'container', 'process' or 'qemu' - at `$.driver`"),
+        (
+            'host = "h"\ndriver = "magic"',
+            "'magic': write 'container', 'libvirt', 'process' or 'qemu' - at `$.driver`",
+        ),
         (
             'host = "h"\n[process]\nfreezer = "ice"',
             "'ice': write 'auto', 'cgroup1', 'cgroup2' or 'sigstop' - at `$.process.freezer`",

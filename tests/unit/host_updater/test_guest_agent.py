@@ -9,26 +9,27 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from caesura_host_updater.drivers.port import DriverError
-from caesura_host_updater.drivers.qemu import clock_setting
-from caesura_host_updater.drivers.qemu.clock_setting import (
+from caesura_host_updater.drivers import clock_setting
+from caesura_host_updater.drivers.clock_setting import (
     GuestTimeSample,
     best,
     next_action,
     sample,
     set_clock,
 )
-from caesura_host_updater.drivers.qemu.guest_agent import (
+from caesura_host_updater.drivers.guest_agent import (
     AgentGarbage,
     AgentRefused,
     AgentSilent,
     guest_agent,
 )
+from caesura_host_updater.drivers.port import DriverError
 from caesura_testing.patience import patient
 
 MS = 1_000_000
@@ -199,7 +200,7 @@ async def test_nonsense_is_an_error_that_names_the_vm(
 ) -> None:
     guest.bent["guest-get-time"] = lambda _: bent
     with pytest.raises(error, match=f"VM vm: .*{said}"):
-        await set_clock("vm", str(place), timeout_s=0.5)
+        await set_clock("vm", partial(guest_agent, "vm", str(place)), timeout_s=0.5)
 
 
 async def test_a_connection_that_ends_is_told(place: Path) -> None:
@@ -231,7 +232,7 @@ async def test_a_program_is_waited_for(guest: Guest, place: Path) -> None:
 
 
 async def test_a_far_clock_is_set_and_what_is_left_is_stepped_away(guest: Guest, place: Path) -> None:
-    found = await set_clock("vm", str(place))
+    found = await set_clock("vm", partial(guest_agent, "vm", str(place)))
     assert found.before_s == pytest.approx(-5, abs=0.05)
     assert abs(found.after_s) <= 0.0003 + found.uncertainty_s
     assert [each for each in guest.asked if each in {"guest-set-time", "guest-exec"}] == [
@@ -250,7 +251,7 @@ async def test_a_guest_without_the_program_is_set_again(guest: Guest, place: Pat
         return answer(request)
 
     guest.bent["guest-set-time"] = set_time
-    found = await set_clock("vm", str(place))
+    found = await set_clock("vm", partial(guest_agent, "vm", str(place)))
     assert guest.asked.count("guest-set-time") >= 2
     assert guest.asked.count("guest-exec") == 1, "asked for once"
     assert abs(found.after_s) <= 0.0003 + found.uncertainty_s
@@ -258,7 +259,7 @@ async def test_a_guest_without_the_program_is_set_again(guest: Guest, place: Pat
 
 async def test_a_right_clock_is_left_alone(guest: Guest, place: Path) -> None:
     guest.offset_ns = 50_000
-    found = await set_clock("vm", str(place))
+    found = await set_clock("vm", partial(guest_agent, "vm", str(place)))
     assert not {"guest-set-time", "guest-exec"} & set(guest.asked)
     assert found.before_s == found.after_s
 
@@ -271,21 +272,21 @@ async def test_a_complaint_of_hwclock_is_no_failure(guest: Guest, place: Path) -
         return refusal("hwclock failed to set hardware clock to system time")
 
     guest.bent["guest-set-time"] = set_time
-    assert abs((await set_clock("vm", str(place))).after_s) < 0.001
+    assert abs((await set_clock("vm", partial(guest_agent, "vm", str(place)))).after_s) < 0.001
 
 
 async def test_a_time_that_does_not_move_is_a_lie(guest: Guest, place: Path) -> None:
     fixed = time.time_ns()
     guest.bent["guest-get-time"] = lambda _: reply(fixed)
     with pytest.raises(DriverError, match="VM vm: the guest agent's time does not move"):
-        await set_clock("vm", str(place))
+        await set_clock("vm", partial(guest_agent, "vm", str(place)))
 
 
 async def test_times_that_contradict_each_other_are_a_lie(guest: Guest, place: Path) -> None:
     jumps = iter(range(1000))
     guest.bent["guest-get-time"] = lambda _: reply(time.time_ns() + next(jumps) % 2 * 50 * MS)
     with pytest.raises(DriverError, match="VM vm: the guest agent's times contradict each other by"):
-        await set_clock("vm", str(place))
+        await set_clock("vm", partial(guest_agent, "vm", str(place)))
 
 
 async def test_a_clock_that_cannot_be_set_is_told_with_the_agents_words(guest: Guest, place: Path) -> None:
@@ -293,10 +294,10 @@ async def test_a_clock_that_cannot_be_set_is_told_with_the_agents_words(guest: G
     with pytest.raises(
         DriverError, match=r"VM vm: the guest's clock is still -5\.0\d\d s off: .*has been disabled"
     ):
-        await set_clock("vm", str(place))
+        await set_clock("vm", partial(guest_agent, "vm", str(place)))
     guest.bent["guest-set-time"] = lambda _: reply({})
     with pytest.raises(DriverError, match=r"still -5\.0\d\d s off: guest-set-time had no effect"):
-        await set_clock("vm", str(place))
+        await set_clock("vm", partial(guest_agent, "vm", str(place)))
 
 
 def at(error_ns: int, round_trip_ns: int = 100_000, guest_ns: int = 0) -> GuestTimeSample:

@@ -368,7 +368,7 @@ async def test_a_clock_that_was_judged_before_its_report_could_be_written_is_not
         thread.post(lambda journal: journal.judged(verdict.vm, verdict.operation, []))
 
     clocks = ClockSyncTracker(
-        "host-1", driver, without_agent=frozenset(), timeout_s=60, verdict=judged, repeat=lambda _: None
+        "host-1", driver, has_agent=lambda _: True, timeout_s=60, verdict=judged, repeat=lambda _: None
     )
     nothing: Any = SimpleNamespace(queue=lambda *_: None, finished=lambda *_: None)
     finalizer = OperationFinalizer(LETTERS, journal=thread, outbox=nothing, clocks=clocks, metrics=nothing)

@@ -6,11 +6,14 @@ import asyncio
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from caesura.contract.messages import Method, ProofCode, VmState
+from caesura_host_updater.drivers.clock_setting import set_clock
 from caesura_host_updater.drivers.digest import digest_of
+from caesura_host_updater.drivers.guest_agent import guest_agent, read_boot_id
 from caesura_host_updater.drivers.port import (
     Capabilities,
     ClockSet,
@@ -23,10 +26,8 @@ from caesura_host_updater.drivers.port import (
 from caesura_host_updater.drivers.qemu import commandline
 from caesura_host_updater.drivers.qemu.assessor import Assessor
 from caesura_host_updater.drivers.qemu.async_qmp import QmpFailed, QmpTimeout
-from caesura_host_updater.drivers.qemu.clock_setting import set_clock
 from caesura_host_updater.drivers.qemu.definition import QemuOptions, QemuVm
 from caesura_host_updater.drivers.qemu.guest import PAUSED_BEFORE, Guest
-from caesura_host_updater.drivers.qemu.guest_agent import read_boot_id
 from caesura_host_updater.drivers.qemu.launching import Launcher
 from caesura_host_updater.drivers.qemu.migration import Migrator
 from caesura_host_updater.drivers.qemu.prepare import Preparer
@@ -350,14 +351,14 @@ class QemuDriver:
         run = self._guests[vm].run
         if run is None or not run.agent:
             raise NotPossible(vm, "there is no guest agent socket")
-        return await read_boot_id(vm, run.agent)
+        return await read_boot_id(vm, partial(guest_agent, vm, run.agent))
 
     async def sync_clock(self, vm: str) -> ClockSet:
         """Through the guest agent."""
         guest = self._guests[vm]
         if guest.run is None or not guest.run.agent:
             raise NotPossible(vm, "has no guest agent socket" if guest.run is not None else "is not running")
-        return await set_clock(vm, guest.run.agent)
+        return await set_clock(vm, partial(guest_agent, vm, guest.run.agent))
 
 
 def _digest(path: Path, size: int, stop_at: float) -> str | None:

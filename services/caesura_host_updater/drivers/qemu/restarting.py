@@ -10,10 +10,10 @@ from contextlib import suppress
 
 from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread
+from caesura_host_updater.drivers.guest_agent import AgentRefused, guest_agent
 from caesura_host_updater.drivers.port import DriverError, ShutdownFailed
 from caesura_host_updater.drivers.qemu.async_qmp import QmpFailed
 from caesura_host_updater.drivers.qemu.guest import NO_REBOOT, Guest
-from caesura_host_updater.drivers.qemu.guest_agent import AgentRefused, guest_agent
 from caesura_host_updater.drivers.qemu.process_records import Records, VmProcessRecord
 from caesura_host_updater.drivers.qemu.supervisor import VmSupervisor
 from caesura_host_updater.drivers.shutdown_requests import ShutdownRequests

@@ -15,8 +15,8 @@ from typing import Literal
 
 import msgspec
 
+from caesura_host_updater.drivers.guest_agent import AgentRefused, GuestAgent, OpenAgent
 from caesura_host_updater.drivers.port import ClockSet, DriverError
-from caesura_host_updater.drivers.qemu.guest_agent import AgentRefused, GuestAgent, guest_agent
 
 STEP_PROGRAM = "/usr/sbin/caesura-set-clock"
 _NS_PER_S = 1_000_000_000
@@ -75,19 +75,19 @@ def next_action(now: GuestTimeSample, *, actions: int, may_step: bool) -> Action
 
 
 async def set_clock(
-    vm: str, path: str, *, timeout_s: float = 5.0, now_ns: Callable[[], int] = time.time_ns
+    vm: str, open_agent: OpenAgent, *, timeout_s: float = 5.0, now_ns: Callable[[], int] = time.time_ns
 ) -> ClockSet:
     """Put the guest's clock right by the host's, and say how right it is.
 
     Args:
-        path: the guest agent's socket.
+        open_agent: the way to the guest agent.
         timeout_s: for everything together.
 
     Raises:
         DriverError: no agent, garbage, a time that does not advance or contradicts itself, or no effect.
     """
     by = asyncio.get_running_loop().time() + timeout_s
-    async with guest_agent(vm, path, by) as agent:
+    async with open_agent(by) as agent:
         first = now = await _measure(vm, agent, now_ns)
         may_step, complaint, actions = True, "", 0
         while (action := next_action(now, actions=actions, may_step=may_step)) != "done":

@@ -1,4 +1,4 @@
-"""A client of qemu-guest-agent on the unix socket that QEMU has for it (QEMU, docs/interop/qemu-ga).
+"""A client of qemu-guest-agent (QEMU, docs/interop/qemu-ga): what is asked of it, and the way by the unix socket that QEMU has for it.
 
 One line of JSON a request, one a reply. The socket belongs to one QEMU process and serves one client at a time;
 the client that connects first drops what the one before left half said: 0xFF and ``guest-sync-delimited``.
@@ -10,8 +10,9 @@ import asyncio
 import base64
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any
 
 from caesura_host_updater.drivers.port import DriverError
@@ -36,16 +37,15 @@ class AgentRefused(DriverError):
     """The guest agent answered with an error; ``why`` quotes it."""
 
 
-class GuestAgent:
-    """A connection that was synchronised; see ``guest_agent``. Every call is bounded by the instant ``by``."""
+class GuestAgent(ABC):
+    """What the agent can be asked. Every call is bounded by an instant that its maker knows.
 
-    def __init__(
-        self, vm: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, by: float
-    ) -> None:
+    Args:
+        vm: for errors.
+    """
+
+    def __init__(self, vm: str) -> None:
         self._vm = vm
-        self._reader = reader
-        self._writer = writer
-        self._by = by
 
     async def ping(self) -> None:
         """Raises one of this module's errors unless the agent answers."""
@@ -113,6 +113,26 @@ class GuestAgent:
         except (KeyError, TypeError, ValueError) as error:
             raise AgentGarbage(self._vm, f"the guest agent reads {path} as {_short(answer)}") from error
 
+    @abstractmethod
+    async def _call(self, command: str, arguments: Callable[[], dict[str, Any]] | None = None) -> Any:
+        """What the agent returns; ``arguments`` are made at the last moment.
+
+        Raises:
+            AgentRefused, AgentSilent, AgentGarbage: it returns nothing that makes sense.
+        """
+
+
+class SocketAgent(GuestAgent):
+    """A connection that was synchronised; see ``guest_agent``."""
+
+    def __init__(
+        self, vm: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, by: float
+    ) -> None:
+        super().__init__(vm)
+        self._reader = reader
+        self._writer = writer
+        self._by = by
+
     async def _call(self, command: str, arguments: Callable[[], dict[str, Any]] | None = None) -> Any:
         request: dict[str, Any] = {"execute": command}
         if arguments is not None:
@@ -124,7 +144,7 @@ class GuestAgent:
                 line = await self._line()
         except TimeoutError as error:
             raise AgentSilent(self._vm, f"the guest agent did not answer {command} in time") from error
-        return _reply(self._vm, command, line)
+        return read_reply(self._vm, command, line)
 
     async def _line(self) -> bytes:
         try:
@@ -169,14 +189,14 @@ class GuestAgent:
         while True:
             # Complaints about the 0xFF itself come before it, on lines of their own.
             _, mark, line = (await self._line()).rpartition(b"\xff")
-            if mark and _reply(self._vm, "guest-sync-delimited", line) == number:
+            if mark and read_reply(self._vm, "guest-sync-delimited", line) == number:
                 return
             if mark and not first <= number:
                 return
 
 
 @asynccontextmanager
-async def guest_agent(vm: str, path: str, by: float) -> AsyncIterator[GuestAgent]:
+async def guest_agent(vm: str, path: str, by: float) -> AsyncIterator[SocketAgent]:
     """A synchronised connection.
 
     Args:
@@ -195,7 +215,7 @@ async def guest_agent(vm: str, path: str, by: float) -> AsyncIterator[GuestAgent
         why = error.strerror or str(error)
         raise AgentSilent(vm, f"cannot connect to the guest agent's socket {path}: {why}") from error
     try:
-        agent = GuestAgent(vm, reader, writer, by)
+        agent = SocketAgent(vm, reader, writer, by)
         await agent.synchronise()
         yield agent
     finally:
@@ -203,20 +223,25 @@ async def guest_agent(vm: str, path: str, by: float) -> AsyncIterator[GuestAgent
         writer.transport.abort()
 
 
-async def read_boot_id(vm: str, path: str, *, timeout_s: float = 2.0) -> str:
+OpenAgent = Callable[[float], AbstractAsyncContextManager[GuestAgent]]
+"""Makes a connection; the instant on the event loop's clock by which everything must be done."""
+
+
+async def read_boot_id(vm: str, open_agent: OpenAgent, *, timeout_s: float = 2.0) -> str:
     """The guest kernel's boot id (proc(5), /proc/sys/kernel/random/boot_id): new with every boot, in its memory only.
 
     Raises:
         AgentSilent, AgentGarbage, AgentRefused: the guest agent does not tell.
     """
-    async with guest_agent(vm, path, asyncio.get_running_loop().time() + timeout_s) as agent:
+    async with open_agent(asyncio.get_running_loop().time() + timeout_s) as agent:
         answer = (await agent.read_file(_BOOT_ID)).decode(errors="replace").strip()
     if len(answer) != _BOOT_ID_LENGTH:
         raise AgentGarbage(vm, f"the guest agent says that the boot id is {_short(answer)}")
     return answer
 
 
-def _reply(vm: str, command: str, line: bytes) -> Any:
+def read_reply(vm: str, command: str, line: bytes | str) -> Any:
+    """What a line of the agent's returns. Raises AgentGarbage, AgentRefused."""
     try:
         reply = json.loads(line)
     except ValueError as error:

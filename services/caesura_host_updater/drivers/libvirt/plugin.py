@@ -1,0 +1,34 @@
+"""The ``libvirt`` driver as a plug-in: its keys of the host file, and how it is made."""
+
+from __future__ import annotations
+
+import os
+
+from caesura_host_updater.drivers.libvirt.definition import LibvirtOptions, LibvirtVm, usual_sockets
+from caesura_host_updater.drivers.plugin import DriverPlugin, DriverSetup
+from caesura_host_updater.drivers.port import Driver
+
+
+class LibvirtPlugin(DriverPlugin[LibvirtVm, LibvirtOptions]):
+    """See the module."""
+
+    name = "libvirt"
+    takes = "no [[vm]]: its domains are found"
+    vm_type = LibvirtVm
+    options_type = LibvirtOptions
+    mechanisms = frozenset(("libvirt",))
+
+    def vm_error(self, vm: LibvirtVm, options: LibvirtOptions) -> str:  # noqa: ARG002 - the port's
+        """Domains say themselves what they are."""
+        return (
+            f"is in the host file, and with this driver domains are found: remove it there, and say what it is with"
+            f" `caesura libvirt label {vm.name} --set {vm.set or 'SET'} --update-domain {vm.update_domain or 0}`"
+        )
+
+    async def build(self, setup: DriverSetup[LibvirtVm, LibvirtOptions]) -> Driver:
+        """Does not connect yet."""
+        from caesura_host_updater.drivers.libvirt.driver import LibvirtDriver  # noqa: PLC0415
+
+        options = setup.options
+        usual = usual_sockets(options.uri, setup.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}")
+        return LibvirtDriver(options, (options.socket,) if options.socket else usual, setup.state_dir)

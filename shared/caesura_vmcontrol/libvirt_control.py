@@ -1,0 +1,209 @@
+"""Domains of libvirt as the guard sees them: their condition and their way out, by the daemon's RPC, and past it by QMP.
+
+The daemon first: a domain that is resumed behind its back is noticed by it, but marked as tainted. A daemon that is dead leaves its
+monitor socket free, for QEMU serves one client at a time; one that hangs keeps it, and only a QMP socket of the domain's own helps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+from caesura_vmcontrol import libvirt_rpc
+from caesura_vmcontrol.freezer_control import Condition
+from caesura_vmcontrol.libvirt_rpc import Domain, Libvirt, LibvirtPlan, LibvirtRefused
+from caesura_vmcontrol.process_control import is_held
+from caesura_vmcontrol.procfs import alive
+from caesura_vmcontrol.qmp_commands import OVER, RUNNING, ProcessGone, make_run, reach, run_state
+
+RPC_S = 0.5
+"""s: what the daemon gets for one call before QEMU is asked directly; it takes some 10 ms."""
+_QMP_S = 0.5
+_RUNS = (libvirt_rpc.RUNNING, libvirt_rpc.BLOCKED, libvirt_rpc.SUSPENDED)
+_ENDED = (libvirt_rpc.SHUTDOWN, libvirt_rpc.SHUTOFF, libvirt_rpc.CRASHED)
+
+
+class DomainNotPaused(OSError):
+    """The daemon did not pause a domain; the text says why."""
+
+
+class DomainPausedBefore(DomainNotPaused):
+    """Somebody else had paused it."""
+
+
+def libvirt_condition(plan: LibvirtPlan) -> Condition:
+    """What the daemon says, and QEMU where it does not answer.
+
+    A domain that its storage, a migration or a dump has paused is ``gone`` for us: nothing that we do leads there, and whatever
+    brought it there resumes it.
+
+    Raises:
+        OSError: neither answers (not: the domain is gone, which is an answer).
+    """
+    try:
+        with Libvirt(plan.socket, plan.uri, time.monotonic() + RPC_S) as daemon:
+            domain = find(daemon, plan)
+            return "gone" if domain is None else _condition_of(*daemon.state(domain))
+    except LibvirtRefused as refused:
+        return _gone_or_raise(refused)
+    except OSError:
+        found = _condition_by_qmp(plan)
+        if found is None:
+            raise
+        return found
+
+
+def conditions(plans: Sequence[LibvirtPlan]) -> dict[str, Condition | None]:
+    """VM to its condition, over one connection for all of one daemon; None: nobody says. Blocking."""
+    found: dict[str, Condition | None] = {}
+    for place in {(plan.socket, plan.uri) for plan in plans}:
+        mine = [plan for plan in plans if (plan.socket, plan.uri) == place]
+        with suppress(OSError), Libvirt(*place, time.monotonic() + RPC_S) as daemon:
+            for plan in mine:
+                domain = find(daemon, plan)
+                found[plan.vm] = "gone" if domain is None else _condition_of(*daemon.state(domain))
+        for plan in mine:
+            if plan.vm not in found:
+                with suppress(OSError):
+                    found[plan.vm] = _condition_by_qmp(plan)
+                found.setdefault(plan.vm, None)
+    return found
+
+
+def why_not_ours(plan: LibvirtPlan) -> str:
+    """Why a domain that is paused is not to be resumed by us; empty: it is not paused, or is over. Raises OSError."""
+    with Libvirt(plan.socket, plan.uri, time.monotonic() + RPC_S) as daemon:
+        domain = find(daemon, plan)
+        if domain is None:
+            return ""
+        state, reason = daemon.state(domain)
+    if state != libvirt_rpc.PAUSED or _condition_of(state, reason) != "gone":
+        return ""
+    return f"libvirt has paused it {pause_reason(reason)}"
+
+
+def resume_domain(plan: LibvirtPlan) -> None:
+    """Resume by the daemon; if that does not make it run, by QMP. Raises OSError: it does not run yet."""
+    try:
+        with Libvirt(plan.socket, plan.uri, time.monotonic() + RPC_S) as daemon:
+            domain = find(daemon, plan)
+            if domain is None:
+                return
+            state, reason = daemon.state(domain)
+            if _condition_of(state, reason) == "frozen":
+                daemon.resume(domain)
+    except OSError as error:
+        if isinstance(error, LibvirtRefused) and error.code == libvirt_rpc.NO_DOMAIN:
+            return
+        if not _resume_by_qmp(plan):
+            raise
+
+
+def suspend_domain(plan: LibvirtPlan, until: float) -> None:
+    """Ask the daemon to pause a domain that runs.
+
+    Raises:
+        DomainPausedBefore, DomainNotPaused: it did not run.
+        LibvirtSilent: it may be paused later.
+        OSError: it was not paused.
+    """
+    with Libvirt(plan.socket, plan.uri, until) as daemon:
+        domain = find(daemon, plan)
+        if domain is None:
+            raise DomainNotPaused("it has ended, was started again, or was migrated away")
+        state, reason = daemon.state(domain)
+        if state == libvirt_rpc.PAUSED:
+            raise DomainPausedBefore(f"it was paused before ({pause_reason(reason)})")
+        if state not in _RUNS:
+            raise DomainNotPaused("it does not run")
+        daemon.suspend(domain)
+
+
+def find(daemon: Libvirt, plan: LibvirtPlan) -> Domain | None:
+    """The domain in the plan's life; None: it is over. Raises OSError."""
+    try:
+        domain = daemon.domain(plan.uuid)
+    except LibvirtRefused as refused:
+        if refused.code == libvirt_rpc.NO_DOMAIN:
+            return None
+        raise
+    return domain if domain.number == plan.number else None
+
+
+_REASONS = {
+    1: "by somebody who asked libvirt for it",
+    2: "for a migration",
+    3: "for a save to a file",
+    4: "for a dump",
+    5: "by an I/O error",
+    6: "by its watchdog",
+    7: "after a restore from a snapshot",
+    8: "it is shutting down",
+    9: "for a snapshot",
+    10: "it crashed",
+    11: "it is starting",
+    12: "in a post-copy migration",
+    13: "by a post-copy migration that failed",
+}
+
+
+def pause_reason(reason: int) -> str:
+    """virDomainPausedReason, for people."""
+    return _REASONS.get(reason, f"reason {reason}")
+
+
+def _condition_of(state: int, reason: int) -> Condition:
+    if state in _RUNS:
+        return "running"
+    if state in _ENDED:
+        return "gone"
+    if state == libvirt_rpc.PAUSED:
+        # 0, unknown: what a daemon says that was restarted in the pause.
+        return "frozen" if reason in (0, libvirt_rpc.PAUSED_BY_USER) else "gone"
+    return "held"
+
+
+def _gone_or_raise(refused: LibvirtRefused) -> Condition:
+    if refused.code == libvirt_rpc.NO_DOMAIN:
+        return "gone"
+    raise refused
+
+
+def _condition_by_qmp(plan: LibvirtPlan) -> Condition | None:
+    if not plan.pid:
+        return None
+    if not alive(plan.pid, plan.start_ticks):
+        return "gone"
+    if not plan.qmp:
+        return None
+    if is_held(plan.pid):
+        return "held"
+    until = time.monotonic() + _QMP_S
+    try:
+        with reach(plan.pid, plan.start_ticks, plan.qmp, until) as qmp:
+            state = run_state(qmp, until)
+    except ProcessGone:
+        return "gone"
+    except OSError:
+        return None
+    if state in RUNNING:
+        return "running"
+    if state == "paused":
+        return "frozen"
+    return "gone" if state in OVER else "held"
+
+
+def _resume_by_qmp(plan: LibvirtPlan) -> bool:
+    """Whether it was resumed past the daemon, or is over."""
+    if not plan.pid or not plan.qmp:
+        return bool(plan.pid) and not alive(plan.pid, plan.start_ticks)
+    until = time.monotonic() + _QMP_S
+    with suppress(OSError):
+        try:
+            with reach(plan.pid, plan.start_ticks, plan.qmp, until) as qmp:
+                make_run(qmp, until, ours=False, stopped=True)
+        except ProcessGone:
+            return True
+        return True
+    return False

@@ -1,0 +1,246 @@
+"""libvirt's RPC over its unix socket, as far as a pause needs it: state, suspend and resume of one domain.
+
+Every call has one deadline for all that it does: a daemon that hangs holds its caller no longer. Sources: libvirt's
+``src/rpc/virnetprotocol.x`` (the header), ``src/remote/remote_protocol.x`` (procedures), ``include/libvirt/virterror.h``; XDR is RFC 4506.
+The numbers are part of libvirt's wire protocol, which its releases keep.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import struct
+import time
+import uuid
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self
+
+from caesura_vmcontrol.plan_errors import BadPlan
+
+_PROGRAM, _VERSION = 0x20008086, 1
+_CALL, _REPLY = 0, 1
+_MOST_BYTES = 1 << 20
+"""An answer to what is asked here has some hundred bytes; a message of the protocol may have 32 MiB."""
+
+_CONNECT_OPEN, _CONNECT_CLOSE, _AUTH_LIST, _AUTH_POLKIT = 1, 2, 66, 70
+_LOOKUP_BY_UUID, _RESUME, _SUSPEND, _GET_STATE = 24, 28, 34, 212
+_AUTH_IS_NONE, _AUTH_IS_POLKIT = 0, 2
+NO_DOMAIN: Final = 42
+"""VIR_ERR_NO_DOMAIN"""
+OPERATION_INVALID: Final = 55
+"""VIR_ERR_OPERATION_INVALID: such as a resume of a domain that runs"""
+
+RUNNING, BLOCKED, PAUSED, SHUTDOWN, SHUTOFF, CRASHED, SUSPENDED = 1, 2, 3, 4, 5, 6, 7
+"""virDomainState; SUSPENDED is the guest's own sleep."""
+PAUSED_BY_USER: Final = 1
+"""VIR_DOMAIN_PAUSED_USER: by a client that asked for a suspend, ourselves included."""
+
+_URI = re.compile(r"[a-z]+:///[a-z]+")
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+class LibvirtGone(OSError):
+    """No libvirt daemon listens on the socket, or it ended the connection."""
+
+
+class LibvirtSilent(OSError):
+    """The daemon did not answer in time; the request may take effect later."""
+
+
+class LibvirtRefused(OSError):
+    """The daemon answered with an error: ``code`` is a ``virErrorNumber``."""
+
+    def __init__(self, code: int, why: str) -> None:
+        self.code = code
+        self.why = why
+        super().__init__(f"libvirt says: {why}")
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A domain as the daemon names it. ``number``: its id while it runs, another one after each start; -1: it does not run."""
+
+    name: str
+    uuid: bytes
+    number: int
+
+
+@dataclass(frozen=True)
+class LibvirtPlan:
+    """A domain of libvirt, in the life that began with its last start.
+
+    Args:
+        socket: the daemon's.
+        uri: what is opened there.
+        uuid: of the domain.
+        number: its id: another one after its next start.
+        pid: its QEMU process, with ``start_ticks``; 0: not known.
+        qmp: QMP sockets of that process that are tried where the daemon does not help: one of the domain's own, the daemon's monitor.
+    """
+
+    vm: str
+    socket: str
+    uri: str
+    uuid: str
+    number: int
+    pid: int
+    start_ticks: int
+    qmp: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.uri, str) or not _URI.fullmatch(self.uri):
+            raise BadPlan(f"{self.uri!r} is not the URI of libvirt on this host, such as qemu:///system")
+        if not isinstance(self.uuid, str) or not _UUID.fullmatch(self.uuid):
+            raise BadPlan(f"{self.uuid!r} is not the UUID of a domain")
+        for path in (self.socket, *self.qmp):
+            if not isinstance(path, str) or not path.startswith("/"):
+                raise BadPlan(f"{path!r} is not the path of a socket")
+        if any(type(number) is not int or number < 0 for number in (self.number, self.pid, self.start_ticks)):
+            raise BadPlan(f"{self.number!r} cannot be a domain that runs")
+
+
+class Libvirt:
+    """An open connection.
+
+    Args:
+        path: the daemon's socket.
+        uri: what is opened there, such as ``qemu:///system``.
+        until: for everything that follows (CLOCK_MONOTONIC, s).
+
+    Raises:
+        LibvirtGone, LibvirtSilent, LibvirtRefused: it cannot be opened.
+        OSError: the socket cannot be used.
+    """
+
+    def __init__(self, path: str, uri: str, until: float) -> None:
+        self._path = path
+        self._until = until
+        self._serial = 0
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._connect()
+            self._authenticate()
+            self._call(_CONNECT_OPEN, _optional(uri) + struct.pack(">I", 0))
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._socket.close()
+
+    def domain(self, domain_uuid: str) -> Domain:
+        """Raises LibvirtRefused with NO_DOMAIN: there is none."""
+        body = self._call(_LOOKUP_BY_UUID, uuid.UUID(domain_uuid).bytes)
+        (length,) = struct.unpack_from(">I", body)
+        padded = length + -length % 4
+        (number,) = struct.unpack_from(">i", body, 4 + padded + 16)
+        return Domain(body[4 : 4 + length].decode(), body[4 + padded : 4 + padded + 16], number)
+
+    def state(self, domain: Domain) -> tuple[int, int]:
+        """virDomainState and its reason."""
+        state, reason = struct.unpack_from(
+            ">ii", self._call(_GET_STATE, _wire(domain) + struct.pack(">I", 0))
+        )
+        return state, reason
+
+    def suspend(self, domain: Domain) -> None:
+        """Pause it. Raises LibvirtRefused: it is not running, or another job of it is under way."""
+        self._call(_SUSPEND, _wire(domain))
+
+    def resume(self, domain: Domain) -> None:
+        """Have it run. Raises LibvirtRefused: it is not paused, or another job of it is under way."""
+        self._call(_RESUME, _wire(domain))
+
+    # -- the line ---------------------------------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        try:
+            self._socket.settimeout(self._left())
+            self._socket.connect(self._path)
+        except (TimeoutError, BlockingIOError) as error:  # the latter: its queue of connections is full
+            raise LibvirtSilent(f"libvirt at {self._path} does not accept a connection") from error
+        except (FileNotFoundError, ConnectionError) as error:
+            raise LibvirtGone(f"no libvirt at {self._path}: {error.strerror or error}") from error
+
+    def _authenticate(self) -> None:
+        body = self._call(_AUTH_LIST, b"")
+        (count,) = struct.unpack_from(">I", body)
+        offered = struct.unpack_from(f">{min(count, 16)}i", body, 4)
+        if not offered or _AUTH_IS_NONE in offered:
+            return
+        if _AUTH_IS_POLKIT not in offered:
+            raise LibvirtRefused(0, f"{self._path} wants authentication by SASL, which is not supported here")
+        self._call(_AUTH_POLKIT, b"")
+
+    def _left(self) -> float:
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise LibvirtSilent(f"libvirt at {self._path} does not answer in time")
+        return left
+
+    def _call(self, procedure: int, arguments: bytes) -> bytes:
+        self._serial += 1
+        head = struct.pack(">IIiiII", _PROGRAM, _VERSION, procedure, _CALL, self._serial, 0)
+        try:
+            self._socket.settimeout(self._left())
+            self._socket.sendall(struct.pack(">I", 4 + len(head) + len(arguments)) + head + arguments)
+            while True:
+                program, _, answered, kind, serial, status, body = self._message()
+                # Others are events and keep-alives, which were not asked for.
+                if (program, kind, serial, answered) == (_PROGRAM, _REPLY, self._serial, procedure):
+                    break
+        except TimeoutError as error:
+            raise LibvirtSilent(f"libvirt at {self._path} does not answer in time") from error
+        except ConnectionError as error:
+            raise LibvirtGone(f"libvirt at {self._path} ended the connection") from error
+        if status != 0:
+            raise _refusal(body)
+        return body
+
+    def _message(self) -> tuple[int, int, int, int, int, int, bytes]:
+        (length,) = struct.unpack(">I", self._read(4))
+        if not 28 <= length <= _MOST_BYTES:
+            raise LibvirtGone(f"what listens at {self._path} does not speak libvirt's protocol")
+        data = self._read(length - 4)
+        program, version, procedure, kind, serial, status = struct.unpack_from(">IIiiII", data)
+        return program, version, procedure, kind, serial, status, data[24:]
+
+    def _read(self, count: int) -> bytes:
+        received = bytearray()
+        while len(received) < count:
+            self._socket.settimeout(self._left())
+            part = self._socket.recv(count - len(received))
+            if not part:
+                raise LibvirtGone(f"libvirt at {self._path} ended the connection")
+            received += part
+        return bytes(received)
+
+
+def _text(value: str) -> bytes:
+    data = value.encode()
+    return struct.pack(">I", len(data)) + data + bytes(-len(data) % 4)
+
+
+def _optional(value: str) -> bytes:
+    return struct.pack(">I", 1) + _text(value)
+
+
+def _wire(domain: Domain) -> bytes:
+    return _text(domain.name) + domain.uuid + struct.pack(">i", domain.number)
+
+
+def _refusal(body: bytes) -> LibvirtRefused:
+    """From a ``virNetMessageError``: code, domain, an optional text, and more that is not read."""
+    try:
+        code, _, has_text = struct.unpack_from(">iiI", body)
+        length = struct.unpack_from(">I", body, 12)[0] if has_text else 0
+        text = body[16 : 16 + length].decode(errors="replace")
+    except struct.error:
+        return LibvirtRefused(0, "an error that cannot be read")
+    return LibvirtRefused(code, text or f"error {code}")

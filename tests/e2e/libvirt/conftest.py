@@ -1,0 +1,78 @@
+"""Two hosts, each with a libvirtd of its own; libvirt's own events are the witness."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from caesura_host_updater.drivers.libvirt.binding import load_binding, run_events
+from caesura_testing.libvirt_daemons import URI, LibvirtDaemon, libvirt_daemon, libvirt_installed
+
+
+class Witness:
+    """When libvirt says that each domain was paused and resumed, on CLOCK_MONOTONIC in seconds."""
+
+    def __init__(self, *daemons: LibvirtDaemon) -> None:
+        libvirt = load_binding("")
+        run_events(libvirt)
+        self.pauses: list[tuple[str, float, float]] = []
+        """Domain, from, to; in the order of their ends."""
+        self.paused: dict[str, float] = {}
+        self.at_once: set[frozenset[str]] = set()
+        """Which domains were paused at the same time."""
+        self._connections = []
+
+        def happened(_connection: Any, domain: Any, event: int, _detail: int, _: Any) -> None:
+            name = domain.name()
+            if event == libvirt.VIR_DOMAIN_EVENT_SUSPENDED:
+                self.paused[name] = time.monotonic()
+                self.at_once.add(frozenset(self.paused))
+            elif event in (libvirt.VIR_DOMAIN_EVENT_RESUMED, libvirt.VIR_DOMAIN_EVENT_STOPPED):
+                since = self.paused.pop(name, None)
+                if since is not None:
+                    self.pauses.append((name, since, time.monotonic()))
+
+        for daemon in daemons:
+            connection = libvirt.open(f"qemu+unix:///session?socket={daemon.socket}")
+            connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, happened, None)
+            self._connections.append(connection)
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+
+
+@pytest.fixture(scope="session")
+def daemons() -> Iterator[tuple[LibvirtDaemon, LibvirtDaemon]]:
+    if not libvirt_installed():
+        pytest.skip("libvirtd, virsh, QEMU or python3-libvirt is not installed")
+    with libvirt_daemon() as first, libvirt_daemon() as second:
+        yield first, second
+
+
+@pytest.fixture
+async def fleet(stages: Callable[..., Any], daemons: tuple[LibvirtDaemon, LibvirtDaemon]) -> Any:
+    """A coordinator and two hosts with three domains: one set of two domains, and one domain of another set."""
+    first, second = daemons
+    for daemon in daemons:
+        if daemon.process.poll() is not None:
+            daemon.start()
+    first.define("web-1", label="set='web' update-domain='0'", own_qmp=True)
+    first.define("db-1", label="set='db' update-domain='0'", own_qmp=True)
+    second.define("web-2", label="set='web' update-domain='1'", own_qmp=True)
+    stage = await stages(up=False)
+    sandbox = stage.sandbox
+    sandbox.libvirt_host("host-1", str(first.socket), URI, {"web-1": ("web", 0), "db-1": ("db", 0)})
+    sandbox.libvirt_host("host-2", str(second.socket), URI, {"web-2": ("web", 1)})
+    await stage.up("host-1", "host-2")
+    stage.witness = Witness(*daemons)
+    stage.daemons = daemons
+    yield stage
+    stage.witness.close()
+    for daemon in daemons:
+        if daemon.process.poll() is not None:
+            daemon.start()
+        daemon.remove_all()

@@ -1,0 +1,176 @@
+"""Domains of two libvirtds as VMs of the real services; what libvirt itself says is the witness."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from caesura.contract import messages as m
+from caesura_testing.patience import patient
+
+BUDGET_S = 8.0
+
+
+def _vm(fleet: Any, host: str, vm: str) -> Any:
+    inventory = fleet.fleet_view.hosts.get(host)
+    return next((each for each in inventory.vms if each.vm == vm), None) if inventory else None
+
+
+async def _long(fleet: Any) -> str:
+    """A rollout whose first pause lasts until its budget's share; the domains of host-1 are paused when this returns."""
+    sandbox = fleet.sandbox
+    sandbox.update("long", ["sleep", "5"], expected_s=2.0)
+    await sandbox.until(
+        lambda: any(each.update == "long" for each in fleet.fleet_view.hosts["host-1"].updates),
+        20,
+        "the update",
+    )
+    rollout = await fleet.roll("long", budget_s=BUDGET_S, on_unproven="proceed")
+    await sandbox.until(lambda: set(fleet.witness.paused) == {"web-1", "db-1"}, 20, "host-1 is paused")
+    await sandbox.until(lambda: "web-1" in fleet.fleet_view.frozen, 20, "the updater has seen it paused")
+    return str(rollout)
+
+
+async def test_a_rollout_over_domains(fleet: Any) -> None:
+    state = await fleet.ended(await fleet.roll(budget_s=BUDGET_S, on_unproven="proceed"))
+    assert state.status == "completed", state.reason
+    assert sorted(name for name, _, _ in fleet.witness.pauses) == ["db-1", "web-1", "web-2"]
+    assert not any({"web-1", "web-2"} <= each for each in fleet.witness.at_once)
+    assert max(end - begin for _, begin, end in fleet.witness.pauses) < patient(BUDGET_S)
+    assert fleet.daemons[0].state("web-1") == fleet.daemons[1].state("web-2") == "running"
+    fleet.assert_one_end_each()
+    inventory = fleet.fleet_view.hosts["host-1"]
+    assert inventory.driver == "libvirt"
+    assert inventory.driver_detail.startswith("libvirt ")
+
+
+@pytest.mark.parametrize("daemon_state", ["well", "hangs", "dead"])
+async def test_an_updater_that_is_killed_in_the_pause_leaves_its_domains_to_the_guard(
+    fleet: Any, daemon_state: str
+) -> None:
+    rollout = await _long(fleet)
+    sandbox, (first, _) = fleet.sandbox, fleet.daemons
+    pid = first.process.pid
+    if daemon_state == "hangs":
+        os.kill(pid, signal.SIGSTOP)
+    elif daemon_state == "dead":
+        first.kill()
+    try:
+        began = time.monotonic()
+        await sandbox.kill("host-1")
+        await sandbox.until(
+            lambda: all(_runs(first, name) for name in ("web-1", "db-1")), BUDGET_S, "the guard resumed them"
+        )
+        assert time.monotonic() - began < patient(4.0), "at once, not at the deadline"
+    finally:
+        if daemon_state == "hangs":
+            os.kill(pid, signal.SIGCONT)
+        elif daemon_state == "dead":
+            first.start()
+    assert first.state("web-1") == "running"
+    await sandbox.start("host-1")
+    state = await fleet.ended(rollout)
+    assert state.status == "halted"
+    report = _report(fleet)
+    assert {each.resumed_by for each in report.vms} == {"guard"}
+    assert "updater_died" in report.codes
+
+
+def _runs(daemon: Any, name: str) -> bool:
+    """As QEMU itself says at the domain's own QMP socket, which nobody else holds."""
+    from caesura_vmcontrol.procfs import read_process  # noqa: PLC0415
+    from caesura_vmcontrol.qmp import Qmp  # noqa: PLC0415
+
+    pid = daemon.pid(name)
+    assert read_process(pid) is not None
+    until = time.monotonic() + 2
+    with suppress(OSError), Qmp(str(daemon.own_qmp(name)), pid, until) as qmp:
+        return bool(qmp.execute("query-status", until=until)["status"] == "running")
+    return False
+
+
+def _report(fleet: Any) -> m.OperationReported:
+    (report,) = [
+        each
+        for each in fleet.fleet_view.reports.values()
+        if each.host == "host-1" and isinstance(each, m.OperationReported)
+    ]
+    return report
+
+
+@pytest.mark.parametrize("what", ["resume", "destroy", "undefine"])
+async def test_an_operator_in_the_middle_of_a_pause(fleet: Any, what: str) -> None:
+    """It is his domain: nothing of ours undoes it, it is reported, and the rollout does not go on as if nothing had been."""
+    rollout = await _long(fleet)
+    first = fleet.daemons[0]
+    if what == "undefine":
+        first.virsh("destroy", "web-1")
+    first.virsh(what, "web-1")
+    state = await fleet.ended(rollout)
+    assert state.status == "halted", state.reason
+    report = _report(fleet)
+    web = next(each for each in report.vms if each.vm == "web-1")
+    if what == "resume":
+        assert first.state("web-1") == "running"
+        assert "somebody else resumed it" in web.error
+    else:
+        assert "ended while it was paused" in web.error
+    assert first.state("db-1") == "running"
+    assert tuple(sorted(fleet.witness.paused)) != ("db-1", "web-1")
+    if what == "undefine":
+        await fleet.sandbox.until(
+            lambda: _vm(fleet, "host-1", "web-1") is None, 10, "web-1 is no VM any more"
+        )
+
+
+async def test_domains_come_and_go_and_are_labelled(fleet: Any) -> None:
+    first = fleet.daemons[0]
+    until = fleet.sandbox.until
+    first.define("new.one")
+    await until(lambda: _vm(fleet, "host-1", "new-one") is not None, 10, "the new domain is a VM")
+    assert _vm(fleet, "host-1", "new-one").set == "_new-one"
+    assert "freeze" in _vm(fleet, "host-1", "new-one").methods
+
+    def label(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["caesura", "libvirt", "label", "new.one", *words, "--uri", "qemu:///session", "--socket", str(first.socket)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    assert label("--set", "web", "--update-domain", "4").returncode == 0
+    await until(lambda: _vm(fleet, "host-1", "new-one").update_domain == 4, 10, "its label is noticed")
+    refused = label("--set", "mail", "--update-domain", "4", "--name", "no/name")
+    assert refused.returncode == 1
+    assert "no/name" in refused.stderr
+    # A typo by hand: it is named, and nothing of it is paused.
+    first.virsh(
+        "metadata",
+        "new.one",
+        "--uri",
+        "urn:caesura:libvirt",
+        "--key",
+        "caesura",
+        "--set",
+        "<vm sett='web'/>",
+        "--live",
+    )
+    await until(lambda: "sett" in _vm(fleet, "host-1", "new-one").state_detail, 10, "the typo is named")
+    assert "caesura libvirt label new.one" in _vm(fleet, "host-1", "new-one").methods_missing["freeze"]
+    assert label("--set", "web", "--update-domain", "5").returncode == 0
+    await until(lambda: "freeze" in _vm(fleet, "host-1", "new-one").methods, 10, "it is mended")
+    first.define("new-one", start=False)
+    await until(
+        lambda: "new.one" in fleet.fleet_view.hosts["host-1"].driver_detail,
+        10,
+        "two of one name: the exact one wins",
+    )
+    assert label("--name", "other").returncode == 0
+    await until(lambda: _vm(fleet, "host-1", "other") is not None, 10, "it has a name of its own")
+    first.virsh("undefine", "new-one")
+    await until(lambda: _vm(fleet, "host-1", "new-one") is None, 10, "the one that was undefined is gone")

@@ -1,0 +1,230 @@
+"""libvirt's RPC against daemons that are wrong in every way; the right one is in tests/integration/libvirt."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from caesura_vmcontrol.libvirt_control import libvirt_condition, resume_domain
+from caesura_vmcontrol.libvirt_rpc import (
+    Libvirt,
+    LibvirtGone,
+    LibvirtPlan,
+    LibvirtRefused,
+    LibvirtSilent,
+)
+from caesura_vmcontrol.plan_errors import BadPlan
+
+_UUID = "783136f9-2b12-4ee3-8a40-5eee38a7cccd"
+_PROGRAM = 0x20008086
+Answer = Callable[[int, int, bytes], bytes | None]
+"""Procedure, serial and arguments of a call to the bytes of the answer; None: the connection ends."""
+
+
+def reply(procedure: int, serial: int, body: bytes = b"", *, status: int = 0) -> bytes:
+    head = struct.pack(">IIiiII", _PROGRAM, 1, procedure, 1, serial, status)
+    return struct.pack(">I", 4 + len(head) + len(body)) + head + body
+
+
+def refusal(code: int, text: str) -> bytes:
+    data = text.encode()
+    return struct.pack(">iiII", code, 10, 1, len(data)) + data + bytes(-len(data) % 4)
+
+
+def good(procedure: int, serial: int, arguments: bytes) -> bytes | None:
+    """A daemon with one domain that is paused by a user."""
+    match procedure:
+        case 66:
+            return reply(procedure, serial, struct.pack(">Ii", 1, 0))
+        case 24:
+            body = (
+                struct.pack(">I", 5)
+                + b"web-1\0\0\0"
+                + bytes.fromhex(_UUID.replace("-", ""))
+                + struct.pack(">i", 7)
+            )
+            return reply(procedure, serial, body)
+        case 212:
+            return reply(procedure, serial, struct.pack(">ii", 3, 1))
+        case _:
+            return reply(procedure, serial)
+
+
+class Daemon:
+    """Answers as a test says."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self.answer: Answer = good
+        self.called: list[int] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(self.path)
+        self._listener.listen()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            with suppress(OSError), connection:
+                self._talk(connection)
+
+    def _talk(self, connection: socket.socket) -> None:
+        while head := connection.recv(4, socket.MSG_WAITALL):
+            data = connection.recv(struct.unpack(">I", head)[0] - 4, socket.MSG_WAITALL)
+            _, _, procedure, _, serial, _ = struct.unpack_from(">IIiiII", data)
+            self.called.append(procedure)
+            answer = self.answer(procedure, serial, data[24:])
+            if answer is None:
+                return
+            connection.sendall(answer)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    made = Daemon(tmp_path / "s")
+    yield made
+    made.close()
+
+
+def plan(daemon: Daemon, number: int = 7) -> LibvirtPlan:
+    return LibvirtPlan("web-1", daemon.path, "qemu:///system", _UUID, number, 0, 0)
+
+
+def opened(daemon: Daemon, seconds: float = 5) -> Libvirt:
+    return Libvirt(daemon.path, "qemu:///system", time.monotonic() + seconds)
+
+
+def test_a_paused_domain_is_resumed(daemon: Daemon) -> None:
+    assert libvirt_condition(plan(daemon)) == "frozen"
+    resume_domain(plan(daemon))
+    assert daemon.called[-1] == 28
+
+
+def test_another_life_of_the_domain_is_left_alone(daemon: Daemon) -> None:
+    """It was started again: its id is another one."""
+    assert libvirt_condition(plan(daemon, number=6)) == "gone"
+    resume_domain(plan(daemon, number=6))
+    assert 28 not in daemon.called
+
+
+@pytest.mark.parametrize("reason", [2, 3, 4, 5, 9, 12])
+def test_what_a_migration_a_dump_or_an_io_error_has_paused_is_not_ours(daemon: Daemon, reason: int) -> None:
+    def answer(procedure: int, serial: int, arguments: bytes) -> bytes | None:
+        if procedure == 212:
+            return reply(procedure, serial, struct.pack(">ii", 3, reason))
+        return good(procedure, serial, arguments)
+
+    daemon.answer = answer
+    assert libvirt_condition(plan(daemon)) == "gone"
+    resume_domain(plan(daemon))
+    assert 28 not in daemon.called
+
+
+def test_a_domain_that_is_not_there_is_gone(daemon: Daemon) -> None:
+    def answer(procedure: int, serial: int, arguments: bytes) -> bytes | None:
+        if procedure == 24:
+            return reply(procedure, serial, refusal(42, "Domain not found"), status=1)
+        return good(procedure, serial, arguments)
+
+    daemon.answer = answer
+    assert libvirt_condition(plan(daemon)) == "gone"
+    resume_domain(plan(daemon))
+
+
+def test_its_own_words_are_quoted(daemon: Daemon) -> None:
+    daemon.answer = lambda procedure, serial, arguments: (
+        reply(procedure, serial, refusal(80, "access denied"), status=1)
+        if procedure == 1
+        else good(procedure, serial, arguments)
+    )
+    with pytest.raises(LibvirtRefused, match="libvirt says: access denied") as raised:
+        opened(daemon)
+    assert raised.value.code == 80
+
+
+def test_sasl_is_refused_by_name(daemon: Daemon) -> None:
+    daemon.answer = lambda procedure, serial, _: reply(procedure, serial, struct.pack(">Ii", 1, 1))
+    with pytest.raises(LibvirtRefused, match="SASL"):
+        opened(daemon)
+
+
+def test_polkit_is_asked(daemon: Daemon) -> None:
+    daemon.answer = lambda procedure, serial, arguments: (
+        reply(procedure, serial, struct.pack(">Ii", 1, 2))
+        if procedure == 66
+        else good(procedure, serial, arguments)
+    )
+    with opened(daemon):
+        assert daemon.called == [66, 70, 1]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        struct.pack(">I", 3),
+        struct.pack(">I", 1 << 30),
+        b"\0\0",
+        b"",
+    ],
+)
+def test_what_is_not_libvirt_is_noticed(daemon: Daemon, sent: bytes) -> None:
+    said = iter((sent, None))
+
+    def answer(_procedure: int, _serial: int, _arguments: bytes) -> bytes | None:
+        return next(said)
+
+    daemon.answer = answer if sent else lambda *_: None
+    with pytest.raises((LibvirtGone, LibvirtSilent)):
+        opened(daemon, 0.5)
+
+
+def test_answers_to_others_and_events_are_passed_over(daemon: Daemon) -> None:
+    def answer(procedure: int, serial: int, arguments: bytes) -> bytes | None:
+        event = struct.pack(">I", 28) + struct.pack(">IIiiII", _PROGRAM, 1, 318, 2, 0, 0)
+        return event + reply(procedure, serial + 1) + (good(procedure, serial, arguments) or b"")
+
+    daemon.answer = answer
+    assert libvirt_condition(plan(daemon)) == "frozen"
+
+
+def test_a_daemon_that_drips_its_answer_holds_nobody_longer(daemon: Daemon) -> None:
+    """One deadline for all: not one for each byte."""
+    daemon.answer = lambda procedure, serial, _: reply(procedure, serial)[:10]
+    began = time.monotonic()
+    with pytest.raises(LibvirtSilent):
+        opened(daemon, 0.3)
+    assert time.monotonic() - began >= 0.3
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("uri", "qemu+ssh://other/system"),
+        ("uuid", "web-1"),
+        ("socket", "relative"),
+        ("qmp", ("relative",)),
+        ("number", -1),
+        ("pid", "2"),
+    ],
+)
+def test_a_plan_that_cannot_be_one_is_refused(key: str, value: object) -> None:
+    fields: dict[str, object] = {
+        "vm": "a", "socket": "/s", "uri": "qemu:///system", "uuid": _UUID, "number": 1, "pid": 2, "start_ticks": 1, "qmp": (),
+    }  # fmt: skip
+    LibvirtPlan(**fields)  # type: ignore[arg-type]
+    with pytest.raises(BadPlan):
+        LibvirtPlan(**{**fields, key: value})  # type: ignore[arg-type]

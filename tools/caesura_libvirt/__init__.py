@@ -1,0 +1,1 @@
+"""The command group ``caesura libvirt``: what the domains of this host are to Caesura."""

@@ -27,12 +27,12 @@ python3-pip        +pip                                   all
 git                git                                    unit integration e2e journeys
 openssl            openssl                                unit integration e2e journeys
 tar                tar                                    unit integration e2e journeys
-mosquitto          mosquitto                              unit integration e2e journeys clients
+mosquitto          mosquitto                              unit integration e2e journeys clients kexec
 mosquitto-clients  mosquitto_sub                          integration e2e journeys
 prometheus         promtool                               unit integration e2e journeys
 curl               curl                                   integration e2e compose journeys clients
-qemu-system-x86    qemu-system-x86_64                     unit integration e2e journeys
-qemu-utils         qemu-img                               unit integration e2e journeys
+qemu-system-x86    qemu-system-x86_64                     unit integration e2e journeys kexec
+qemu-utils         qemu-img                               unit integration e2e journeys kexec
 ovmf               /usr/share/OVMF/OVMF_CODE.fd           integration e2e journeys
 swtpm              swtpm                                  integration e2e journeys
 libvirt-daemon     libvirtd                               integration e2e journeys
@@ -41,7 +41,7 @@ libvirt-clients    virsh                                  integration e2e journe
 python3-libvirt    /usr/lib/python3/dist-packages/libvirt.py integration e2e journeys
 slirp4netns        slirp4netns                            e2e journeys
 iproute2           ip                                     integration e2e compose journeys clients
-e2fsprogs          mkfs.ext4                              unit integration e2e journeys
+e2fsprogs          mkfs.ext4                              unit integration e2e journeys kexec
 util-linux         fsfreeze                               integration e2e journeys clients
 chromium           chromium                               e2e journeys
 fonts-dejavu-core  /usr/share/fonts/truetype/dejavu       e2e journeys
@@ -51,7 +51,7 @@ resource-agents    /usr/lib/ocf/resource.d/heartbeat      clients
 docker.io          dockerd                                compose
 docker.io          docker                                 compose
 iptables           iptables                               compose
-debootstrap        debootstrap                            compose
+debootstrap        debootstrap                            compose kexec
 EOF
 }
 

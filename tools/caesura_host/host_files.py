@@ -91,6 +91,8 @@ class HostFolder:
     def __init__(self, root: Path = Path("/"), run: Run = run_program) -> None:
         self._root = root
         self._run = run
+        self._hook_versions: dict[tuple[str, int, int], str] = {}
+        """By path, size and instant of the last change: listing an initramfs takes a second, and the facts are read thrice."""
 
     def _place(self, path: str) -> Path:
         return self._root / path.lstrip("/")
@@ -125,7 +127,7 @@ class HostFolder:
         if "lsinitramfs" in tools:
             for image in sorted(self._place("/boot").glob("initrd.img-*")):
                 if not image.is_symlink():
-                    hooks[image.name.removeprefix("initrd.img-")] = hook_version(image, self._run)
+                    hooks[image.name.removeprefix("initrd.img-")] = self._hook_version(image)
         return PreparationFacts(
             command_line=(self._text("/proc/cmdline") or "").strip(),
             files=files,
@@ -135,6 +137,13 @@ class HostFolder:
             device_uuid=self._device_uuid(),
             mount_options=self._mount_options(carve_out),
         )
+
+    def _hook_version(self, image: Path) -> str:
+        found = image.stat()
+        key = (str(image), found.st_size, found.st_mtime_ns)
+        if key not in self._hook_versions:
+            self._hook_versions[key] = hook_version(image, self._run)
+        return self._hook_versions[key]
 
     def _device_uuid(self) -> str | None:
         if not self._place(DEVICE).exists():

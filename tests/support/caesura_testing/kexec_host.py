@@ -89,7 +89,7 @@ class KexecHost:
             *(
                 "nice",
                 "-n",
-                "10",
+                "5",
                 "qemu-system-x86_64",
                 "-name",
                 self.name,
@@ -168,6 +168,7 @@ class KexecHost:
                         self._sockets = []
                     self._changed.notify_all()
                 if not data:
+                    connection.close()
                     return
 
     def lines(self, line: int, since: float = 0.0) -> list[Line]:
@@ -292,7 +293,7 @@ def running(*hosts: KexecHost, **how: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Beat:
-    """One line of a guest: see ``kexec_inside/guest-init``."""
+    """One line of a guest: see ``kexec_inside/guest.c`` and ``guest-init``."""
 
     at: float
     number: int
@@ -302,7 +303,7 @@ class Beat:
 
 def beats(lines: list[Line]) -> list[Beat]:
     """The beats among a guest's lines, in their order."""
-    found = (re.search(r"\bbeat (\d+) ([\d.]+) ([0-9a-f-]{36}) \d+$", each.text) for each in lines)
+    found = (re.search(r"\bbeat (\d+) ([\d.]+) ([0-9a-f-]{8,36})$", each.text) for each in lines)
     return [
         Beat(each.at, int(m[1]), float(m[2]), m[3])
         for each, m in zip(lines, found, strict=True)

@@ -43,8 +43,10 @@ _PACKAGES = (
 _MACHINE = ("qemu-system-x86", "linux-image-amd64")
 _IMAGE = re.compile(r"^linux-image-(\d+(?:\.\d+)*-\d+)-amd64$")
 _PAUSE = 3600.0  # s: for one program of the build; a mirror may be slow
-CARVE_OUT = "192M!1G"
+CARVE_OUT = "256M!1G"
 # The hosts' boot waits for these only; the rest would be some hundred modules to unpack in emulation.
+_DRIVERS = frozenset(("nvdimm", "dax", "virtio", "block", "net", "char", "rtc", "acpi"))
+"""Of the kernels: udev loads what it finds a device for, and that is work for nothing here."""
 _MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "ext4", "crc32c_generic")
 
 
@@ -79,6 +81,8 @@ def missing() -> str:
     """Why the image cannot be had here; empty: it can."""
     if shutil.which("qemu-system-x86_64") is None:
         return "qemu-system-x86_64 is not installed (on Debian: apt-get install qemu-system-x86)"
+    if shutil.which("gcc") is None:
+        return "gcc is not installed (on Debian: apt-get install gcc)"
     if list(cache_folder().glob("system-*/complete")):
         return ""
     if os.geteuid() != 0:
@@ -193,11 +197,37 @@ def _slim(tree: Path) -> None:
         _run("chroot", str(tree), "depmod", kernel.name)
 
 
+def _few_modules(tree: Path) -> None:
+    for kernel in (tree / "lib/modules").iterdir():
+        for folder in (kernel / "kernel/drivers").iterdir():
+            if folder.name not in _DRIVERS:
+                shutil.rmtree(folder)
+        for folder in (kernel / "kernel/net").iterdir():
+            if folder.name != "core":  # which virtio_net needs
+                shutil.rmtree(folder)
+        for name in ("sound", "arch/x86/kvm"):
+            shutil.rmtree(kernel / "kernel" / name, ignore_errors=True)
+        _run("chroot", str(tree), "depmod", kernel.name)
+
+
+def _guest(folder: Path) -> Path:
+    """The smallest guest, see ``kexec_inside/guest.c``."""
+    made = folder / "guest.elf"
+    _run(
+        *("gcc", "-m32", "-O2", "-ffreestanding", "-nostdlib", "-static", "-fno-pic", "-fno-stack-protector"),
+        *("-Wl,--build-id=none,--no-warn-rwx-segments", "-T", str(INSIDE / "guest.ld")),
+        *("-o", str(made), str(INSIDE / "guest.c")),
+    )
+    return made
+
+
 def _local_changes(tree: Path) -> None:
     """What makes it a host of the rig: a shell on its second serial line, and a fast boot."""
+    _few_modules(tree)
     units = tree / "etc/systemd/system"
     (tree / "etc/fstab").write_text("/dev/vda / ext4 defaults 0 0\n")
     (tree / "etc/hostname").write_text("host\n")
+    (tree / "etc/hosts").write_text("127.0.0.1 localhost host\n")
     (tree / "etc/machine-id").write_text("")
     (tree / "etc/initramfs-tools/update-initramfs.conf").write_text(
         "update_initramfs=all\nbackup_initramfs=no\n"
@@ -352,7 +382,19 @@ def _make(system: Path, making: Path, made: Path) -> None:
         shutil.copyfile(ROOT / f"deploy/systemd/{name}.service", units / f"{name}.service")
         (units / f"{name}.service.d").mkdir()
         shutil.copyfile(ROOT / f"deploy/systemd/qemu/{name}.conf", units / f"{name}.service.d/qemu.conf")
+        # Emulated on a busy machine a service takes minutes to start, and is not dead for a silence of seconds.
+        (units / f"{name}.service.d/rig.conf").write_text(
+            "[Service]\nTimeoutStartSec=1800\nWatchdogSec=600\n"
+        )
+    (units / "multi-user.target.wants/caesura-pause-guard.service").symlink_to(
+        "../caesura-pause-guard.service"
+    )
     (tree / "etc/caesura/updates.d").mkdir(parents=True)
+    # The update's command, which loads the kernel.
+    (tree / "etc/sudoers.d/caesura").write_text(
+        "caesura-host ALL=(root) NOPASSWD: /opt/caesura/bin/caesura host load-kernel *\n"
+    )
+    shutil.copyfile(_guest(making), tree / "opt/rig/guest.elf")
     guest = {
         "bin/busybox": file_entry((tree / "bin/busybox").read_bytes(), executable=True),
         "bin/sh": link_entry("busybox"),
@@ -375,7 +417,7 @@ def _make(system: Path, making: Path, made: Path) -> None:
             shutil.copyfile(tree / "boot" / name, boot / name)
     part = made / "root.part"
     with part.open("wb") as file:
-        file.truncate(2600 << 20)
+        file.truncate(1600 << 20)
     _run("mke2fs", "-q", "-t", "ext4", "-E", "lazy_itable_init=1", "-d", str(tree), str(part))
     part.rename(made / "root.img")
     (made / "image.json").write_text(json.dumps({"old": old, "new": new}))
@@ -403,6 +445,9 @@ def _prepare(tree: Path) -> None:
     )
     if done.returncode not in (0, 1) or "Traceback" in done.stderr or "caesura: wrote" not in done.stderr:
         raise NoImage(f"prepare-kexec in the image ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    # Written again on the host, when there is the file system: until then its boot would wait for it in vain.
+    fstab = tree / "etc/fstab"
+    fstab.write_text(fstab.read_text().split("# begin of caesura", 1)[0])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

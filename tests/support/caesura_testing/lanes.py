@@ -73,7 +73,8 @@ LANES = {
         "tests/e2e: the installed commands as processes, faults included",
         "pytest -q tests/e2e "
         + " ".join(
-            f"--ignore tests/e2e/{name}" for name in (*_JOURNEYS, "clients", "compose", "containers", "soak")
+            f"--ignore tests/e2e/{name}"
+            for name in (*_JOURNEYS, "clients", "compose", "containers", "kexec", "soak")
         ),
     ),
     "journeys": Lane(
@@ -115,6 +116,14 @@ LANES = {
         (cd tests/e2e/clients/node && npm ci --no-audit --no-fund --loglevel=error)
         $apart sh -euc 'ip link set lo up; ip addr add 169.254.169.254/32 dev lo; exec pytest -q tests/e2e/clients'
         """,
+    ),
+    "kexec": Lane(
+        "tests/e2e/kexec: a Debian host in emulation, its kernel replaced under running guests (debootstrap as root, once; minutes)",
+        """
+        why=$(python -m caesura_testing.kexec_image --missing) || { echo "SKIPPED: $why"; exit 77; }
+        pytest -q -s tests/e2e/kexec
+        """,
+        named=True,
     ),
     "asyncapi": Lane(
         "docs/asyncapi.yaml passes the official AsyncAPI parser (npm)",

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from caesura.runtime.processes import cgroup_name, marked_processes
+from caesura_demo import sweeper as sweeper_module
 from caesura_demo.service_processes import Processes
 from caesura_demo.sweeper import start_sweeper
 from caesura_demo.workspace import CleanUp, Interrupted
@@ -157,7 +158,9 @@ def test_its_name_is_the_one_that_the_host_updater_uses(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("state", ["well", "hung", "dead"])
-async def test_a_sweeper_that_is_dismissed_sweeps_nothing(state: str, tmp_path: Path) -> None:
+async def test_a_sweeper_that_is_dismissed_sweeps_nothing(
+    state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = tmp_path / "kept"
     kept.mkdir()
     sweeper = await start_sweeper(f"CAESURA_DEMO_RUN=dismissed-{os.getpid()}", [])
@@ -165,6 +168,7 @@ async def test_a_sweeper_that_is_dismissed_sweeps_nothing(state: str, tmp_path: 
     process = sweeper._process
     if state == "hung":
         os.kill(process.pid, signal.SIGSTOP)
+        monkeypatch.setattr(sweeper_module, "_DISMISSED_S", 0.1)
     elif state == "dead":
         process.kill()
         await process.wait()

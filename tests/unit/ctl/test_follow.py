@@ -303,17 +303,14 @@ async def _broker_that_answers(answer: bytes) -> asyncio.Server:
         ("", "CAESURA_CTL_BROKER_USERNAME and CAESURA_CTL_BROKER_PASSWORD_FILE"),
     ],
 )
-async def test_a_refused_user_is_told_about_users(
-    monkeypatch: pytest.MonkeyPatch, username: str, words: str
-) -> None:
-    monkeypatch.setattr(sessions, "CONNECT_S", 1.0)
+async def test_a_refused_user_is_told_about_users(username: str, words: str) -> None:
     not_authorized = bytes((0x20, 3, 0, 0x87, 0))  # CONNACK of MQTT 5 with reason 0x87
     server = await _broker_that_answers(not_authorized)
     url = f"mqtt://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     settings = CtlSettings(broker_url=url, broker_username=username, broker_password=Secret("wrong"))
     async with server:
         with pytest.raises(NoBroker) as told:
-            async with connect(settings):
+            async with connect(settings, connect_s=patient(1)):
                 pass
     assert "Not authorized" in str(told.value)
     assert words in str(told.value)
@@ -321,13 +318,12 @@ async def test_a_refused_user_is_told_about_users(
     assert "cannot reach" not in str(told.value)
 
 
-async def test_where_nothing_listens_the_advice_is_to_start_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sessions, "CONNECT_S", 1.0)
+async def test_where_nothing_listens_the_advice_is_to_start_it() -> None:
     server = await _broker_that_answers(b"")
     port = server.sockets[0].getsockname()[1]
     server.close()
     await server.wait_closed()
     words = "cannot reach the broker at .*nothing listens.* Start the broker.*--broker"
     with pytest.raises(NoBroker, match=words):
-        async with connect(CtlSettings(broker_url=f"mqtt://127.0.0.1:{port}")):
+        async with connect(CtlSettings(broker_url=f"mqtt://127.0.0.1:{port}"), connect_s=patient(1)):
             pass

@@ -31,7 +31,7 @@ from caesura_vmcontrol.qmp_commands import AWAY, NOT_OURS, OVER, RUNNING
 from caesura_vmcontrol.replacing import STUCK
 
 _GREETING_S = 2.0  # s: QEMU greets within milliseconds; another client's turn may take the guard a second
-_LOOK_S = 1.0  # s: for the kernel's word on a process; a QEMU that is stuck in it may hold us up
+_LOOK_S = 10.0  # s: for the kernel's word on a process; seconds on a busy emulated host, and a QEMU that is stuck in the kernel may hold us up
 _STATUS_S = 0.1  # s: QEMU answers within a millisecond
 PAUSED_BEFORE = "it was paused by somebody else before anything was done: resume it with `cont`"
 PAUSED_AFTER = "it ran again and was paused by somebody else since: resume it with `cont`"

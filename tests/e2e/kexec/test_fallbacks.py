@@ -1,0 +1,116 @@
+"""What happens when the new kernel does not do what it should: the whole chain of fallbacks, on one host.
+
+Each case is an update whose kernel gets some words more on its command line. The order matters: what ends the guests comes last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from caesura_testing.kexec_fleet import FleetHost
+from caesura_testing.kexec_host import CONSOLE, running
+from caesura_testing.kexec_image import Image, NoImage, build, missing
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
+_PATIENCE_S = 600.0
+
+
+@pytest.fixture(scope="module")
+def image() -> Image:
+    if why := missing():
+        pytest.skip(why)
+    try:
+        return build(uv=os.environ.get("UV", "uv"))
+    except NoImage as error:
+        pytest.fail(str(error))
+
+
+async def test_each_fallback(stages: Callable[..., Any], image: Image, tmp_path: Path) -> None:
+    stage = await stages(up=False)
+    port = urlsplit(stage.sandbox.broker.url).port
+    host = FleetHost("host-1", image, tmp_path / "h", domain=0)
+    with running(host.machine):
+        await stage.sandbox.start("coordinator")
+        try:
+            await asyncio.to_thread(host.prepare, port)
+            await until_ready(stage, host)
+            wanted = os.environ.get("CASES", "refused panic stuck without").split()
+            for case in (refused, panic, stuck, without):
+                if case.__name__ in wanted:
+                    await case(stage, host)
+        except BaseException:
+            print(f"\n== {host.name}\n{await asyncio.to_thread(host.journal)}")
+            raise
+
+
+async def until_ready(stage: Any, host: FleetHost) -> None:
+    await stage.sandbox.until(lambda: host.ready(stage.fleet_view), _PATIENCE_S, "host, guard and guests")
+    await asyncio.to_thread(host.until_guests_beat)
+
+
+async def rolled(stage: Any, update: str) -> tuple[Any, Any]:
+    """The end of a rollout of one host that did not go as planned, and the host's report; it holds no set any more."""
+    rollout = await stage.roll(update, budget_s=30.0, verify_timeout_s=600.0)
+    state = await stage.ended(rollout, timeout_s=2 * _PATIENCE_S)
+    (report,) = await stage.reports(rollout)
+    print(f"\n{update}: {state.status} {state.codes}: {state.reason}\n{report}")
+    if state.status != "completed":
+        await stage.give_up(rollout)
+    return state, report
+
+
+async def refused(stage: Any, host: FleetHost) -> None:
+    """The kernel is not left: this boot resumes the guests."""
+    begun = time.monotonic()
+    boot = await asyncio.to_thread(host.machine.run, "cat /proc/sys/kernel/random/boot_id")
+    await asyncio.to_thread(
+        host.machine.run, "setsid /opt/rig/unload-in-pause >/run/unload.log 2>&1 </dev/null &"
+    )
+    state, report = await rolled(stage, "kernel-new")
+    assert (state.status, report.status) == ("halted", "failed")
+    assert await asyncio.to_thread(host.machine.run, "cat /proc/sys/kernel/random/boot_id") == boot
+    await asyncio.to_thread(host.assert_guests_continued, begun, "this boot")
+
+
+async def panic(stage: Any, host: FleetHost) -> None:
+    """The new kernel panics before anything of ours runs in it: a reset boots the old one, whose initramfs resumes the guests."""
+    begun = time.monotonic()
+    state, report = await rolled(stage, "kernel-panic")
+    assert host.machine.lines(CONSOLE, begun)
+    assert any("Kernel panic" in each.text for each in host.machine.lines(CONSOLE, begun))
+    assert (state.status, report.status) == ("halted", "failed")
+    assert "kernel_unexpected" in report.codes or "kernel_unexpected" in state.codes
+    await asyncio.to_thread(host.assert_guests_continued, begun, f"{host.image.old} after a panic")
+
+
+async def stuck(stage: Any, host: FleetHost) -> None:
+    """User space of the new kernel does not come up, and the guests run all the same; a reset then loses them, and says so."""
+    begun = time.monotonic()
+    rollout = await stage.roll("kernel-stuck", budget_s=30.0, verify_timeout_s=600.0)
+    broken = await asyncio.to_thread(host.machine.wait_for, CONSOLE, "rig: user space is broken", since=begun)
+    await asyncio.to_thread(host.assert_guests_continued, begun, "a broken user space")
+    assert broken
+    await asyncio.to_thread(host.machine.qmp, "system_reset")
+    state = await stage.ended(rollout, timeout_s=2 * _PATIENCE_S)
+    (report,) = await stage.reports(rollout)
+    print(f"\nkernel-stuck: {state.status} {state.codes}: {state.reason}\n{report}")
+    assert state.status == "halted"
+    assert all(vm in state.reason for vm in host.guests)
+    await stage.give_up(rollout)
+    await until_ready(stage, host)
+
+
+async def without(stage: Any, host: FleetHost) -> None:
+    """A kernel without the carve-out boots: nothing is loaded from memory that it may have used, and each VM is named as lost."""
+    state, report = await rolled(stage, "kernel-without")
+    assert (state.status, report.status) == ("halted", "failed")
+    assert all(vm in state.reason for vm in host.guests)
+    assert "carve-out" in state.reason

@@ -1,0 +1,104 @@
+"""A rollout that replaces the kernel of hosts under their running guests: everything installed from the wheel, seen from outside.
+
+Broker and coordinator run on this machine; each host is a Debian system in emulation with host updater and pause guard in their units.
+What is asserted of the guests comes from their serial lines, read with this machine's clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from caesura.contract import messages as m
+from caesura_testing.kexec_fleet import FleetHost
+from caesura_testing.kexec_host import running
+from caesura_testing.kexec_image import Image, NoImage, build, missing
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
+
+_PATIENCE_S = 600.0
+"""For a boot of a busy machine's emulation."""
+_TRIES = 6
+"""Rollouts, where guests are not saved in time."""
+
+
+@pytest.fixture(scope="module")
+def image() -> Image:
+    if why := missing():
+        pytest.skip(why)
+    try:
+        return build(uv=os.environ.get("UV", "uv"))
+    except NoImage as error:
+        pytest.fail(str(error))
+
+
+async def test_two_hosts_go_to_the_new_kernel_and_back(
+    stages: Callable[..., Any], image: Image, tmp_path: Path
+) -> None:
+    stage = await stages(up=False)
+    port = urlsplit(stage.sandbox.broker.url).port
+    hosts = [
+        FleetHost(f"host-{number}", image, tmp_path / str(number), domain=number)
+        for number in range(1, int(os.environ.get("N", "2")) + 1)
+    ]
+    with running(*(each.machine for each in hosts)):
+        await stage.sandbox.start("coordinator")
+        try:
+            await asyncio.gather(*(asyncio.to_thread(each.prepare, port) for each in hosts))
+            await until_ready(stage, hosts)
+            await roll(stage, hosts, "kernel-new", image.new)
+            await roll(stage, hosts, "kernel-old", image.old)
+        except BaseException:
+            for host in hosts:
+                print(f"\n== {host.name}\n{await asyncio.to_thread(host.journal)}")
+            raise
+
+
+async def until_ready(stage: Any, hosts: Sequence[FleetHost]) -> None:
+    await stage.sandbox.until(
+        lambda: all(host.ready(stage.fleet_view) for host in hosts), _PATIENCE_S, "hosts, guards and guests"
+    )
+    await asyncio.gather(*(asyncio.to_thread(each.until_guests_beat) for each in hosts))
+
+
+async def roll(stage: Any, hosts: Sequence[FleetHost], update: str, release: str) -> None:
+    """Rollouts until every host is on the kernel, domain by domain.
+
+    Two ends are allowed by their names, for a busy machine's emulation is slow: a pause that was over its 30 s ("late"), and a guest
+    whose state was not saved in time, so that it went on in the old kernel. Both halt the rollout; another one takes the rest.
+    """
+    left = {host.name: host for host in hosts}
+    tries = 0
+    while left:
+        tries += 1
+        begun = time.monotonic()
+        rollout = await stage.roll(
+            update, selection=m.Selection(hosts=tuple(left)), budget_s=30.0, verify_timeout_s=600.0
+        )
+        state = await stage.ended(rollout, timeout_s=len(left) * _PATIENCE_S)
+        print(f"\n{update}: {state.status} {state.codes} {state.reason} in {time.monotonic() - begun:.0f} s")
+        for report in await stage.reports(rollout):
+            host = left[report.host]
+            print(
+                f"{report.host}: {report.status} {report.codes} {[(vm.vm, vm.pause_s, vm.detail) for vm in report.vms]}"
+            )
+            assert {vm.state for vm in report.vms} == {"running"}
+            await asyncio.to_thread(host.assert_guests_continued, begun, release)
+            if "freeze_failed" in report.codes:
+                assert tries < _TRIES, report.reason
+                continue
+            assert report.status == "completed" or set(report.codes) == {"pause_over_budget"}, report
+            assert await asyncio.to_thread(host.machine.run, "uname -r") == release
+            del left[report.host]
+        if state.status == "completed":
+            assert not left
+        else:
+            await stage.give_up(rollout)
+        await until_ready(stage, hosts)

@@ -1,0 +1,179 @@
+"""A host in emulation that belongs to a fleet: the installed host updater and pause guard, and guests in the carve-out."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+import tomli_w
+
+from caesura.contract.messages import KernelFigure
+from caesura_ctl.fleet_view import FleetView
+from caesura_testing.kexec_host import FIRST, SECOND, KexecHost, beats, longest_silence
+from caesura_testing.kexec_image import CARVE_OUT, Image
+
+_GUESTS = {"a": FIRST, "b": SECOND}
+_LINES = {FIRST: "/dev/ttyS2", SECOND: "/dev/ttyS3"}
+
+
+class FleetHost:
+    """One host with two guests of one set and domain.
+
+    Args:
+        name: of the host; its guests are ``NAME-a`` and ``NAME-b``.
+        folder: for the emulator's files.
+        domain: of its guests.
+    """
+
+    def __init__(self, name: str, image: Image, folder: Path, *, domain: int) -> None:
+        self.name = name
+        self.image = image
+        self.machine = KexecHost(name, image, folder)
+        self.guests = {f"{name}-{letter}": line for letter, line in _GUESTS.items()}
+        self._domain = domain
+
+    def _host_file(self) -> str:
+        vms = [
+            {
+                "name": vm,
+                "set": "web",
+                "update_domain": self._domain,
+                "agent": False,
+                "qemu": {
+                    "memory_mib": 32,
+                    "machine": "pc-q35-7.2",
+                    "kernel": "/opt/rig/guest.elf",
+                    "extra": [
+                        *("-chardev", f"file,id=beat,path={_LINES[line]},append=on"),
+                        *("-serial", "chardev:beat"),
+                    ],
+                },
+            }
+            for vm, line in self.guests.items()
+        ]
+        return tomli_w.dumps(
+            {
+                "host": self.name,
+                "driver": "qemu",
+                "kernel": {"kexec": True, "watchdog_s": 0},
+                "qemu": {"accel": "tcg", "run_dir": "/run/caesura", "start_timeout_s": 300.0},
+                "vm": vms,
+            }
+        )
+
+    def updates(self) -> dict[str, tuple[str, tuple[str, ...]]]:
+        """Name to the kernel, and to what its command line has beside the usual."""
+        size, _, start = CARVE_OUT.partition("!")
+        return {
+            "kernel-new": (self.image.new, ()),
+            "kernel-old": (self.image.old, ()),
+            # Neither an init in its initramfs nor a root file system: it panics before the hook runs.
+            "kernel-panic": (self.image.new, ("rdinit=/none", "root=/dev/none", "init=/none")),
+            "kernel-stuck": (self.image.new, ("init=/opt/rig/stuck-init",)),
+            "kernel-crash": (self.image.new, ("crashkernel=192M", "init=/opt/rig/crash-init")),
+            # The carve-out's memory becomes ordinary memory (kernel-parameters.txt: memmap=nn%ss-oldtype+newtype).
+            "kernel-without": (self.image.new, (f"memmap={size}%{start}-12+1",)),
+        }
+
+    def _figures(self, seconds: float) -> str:
+        pairs = ((self.image.old, self.image.new), (self.image.new, self.image.old))
+        figures = [
+            KernelFigure(to=second, former=first, seconds=seconds, at=datetime.now(UTC), rehearsal=True)
+            for first, second in pairs
+        ]
+        return msgspec.json.encode(figures).decode()
+
+    def prepare(self, broker_port: int, *, figure_s: float = 5.0) -> None:
+        """As an operator does: prepare-kexec, the files in /etc/caesura, an update for each kernel; then the updater is started."""
+        machine = self.machine
+        machine.wait_shell()
+        settings = {
+            "BROKER_URL": f"mqtt://10.0.2.2:{broker_port}",
+            "BROKER_USERNAME": f"host_{self.name}",
+            "HOST_FILE": "/etc/caesura/host.toml",
+            "CLOCK_TIMEOUT_S": "1",
+            "LOG_FORMAT": "json",
+        }
+        files = {
+            "/etc/caesura/host.toml": self._host_file(),
+            "/etc/caesura/host-updater.env": "\n".join(
+                f"CAESURA_HOST_UPDATER_{key}={value}" for key, value in settings.items()
+            ),
+            "/etc/caesura/host-updater.password": "x",
+            "/var/lib/caesura/host-updater/kexec-figures.json": self._figures(figure_s),
+            **{
+                f"/etc/caesura/updates.d/{name}.toml": tomli_w.dumps(
+                    {
+                        "name": name,
+                        "version": name,
+                        "impact": "pause",
+                        "scope": "host",
+                        "kernel": "kexec",
+                        "kernel_release": release,
+                        "expected_s": 10.0,
+                        "timeout_s": 600.0,
+                        "argv": [
+                            *("sudo", "/opt/caesura/bin/caesura", "host", "load-kernel", release),
+                            *(f"--append={word}" for word in words),
+                        ],
+                    }
+                )
+                for name, (release, words) in self.updates().items()
+            },
+        }
+        script = ["set -e", "caesura host prepare-kexec --apply"]
+        for path, text in files.items():
+            script.append(f"mkdir -p $(dirname {path}); cat >{path} <<'END-OF-FILE'\n{text}\nEND-OF-FILE")
+        script.append("chown caesura-host: /var/lib/caesura/host-updater/*.json")
+        script.append(
+            "systemctl enable --quiet caesura-host-updater; systemctl start --no-block caesura-host-updater"
+        )
+        machine.run("\n".join(script))
+
+    def ready(self, fleet_view: FleetView) -> bool:
+        """Whether another kernel can be started under its guests, as far as the fleet sees."""
+        found = fleet_view.hosts.get(self.name)
+        if (
+            found is None
+            or not fleet_view.is_online(self.name)
+            or found.guard != "ready"
+            or found.kernel is None
+        ):
+            return False
+        well = not found.kernel.problems and len(found.kernel.figures) > 1
+        return well and all(vm.state == "running" and "kexec" in vm.methods for vm in found.vms)
+
+    def journal(self) -> str:
+        """What the services of a host said, for failure reports."""
+        wanted = "journalctl --no-pager -o short-monotonic -u caesura-host-updater -u caesura-pause-guard -u caesura-arrive"
+        try:
+            return self.machine.run(f"{wanted} | tail -60 | cut -c1-800", patience_s=120, check=False)
+        except (AssertionError, TimeoutError) as error:
+            return str(error)
+
+    def until_guests_beat(self) -> None:
+        """Wait until each has compared its memory."""
+        for line in self.guests.values():
+            self.machine.wait_for(line, r"memory \d+ bad=0")
+
+    def assert_guests_continued(self, since: float, release: str) -> None:
+        """Each guest had one pause, beats again, without a gap in its numbers, in the same boot, with its memory as it was."""
+        now = time.monotonic()
+        for vm, line in self.guests.items():
+            said = self.machine.wait_for(line, r"memory \d+ bad=\d+", since=now).text
+            assert said.endswith("bad=0"), f"{vm}: {said}"
+            found = beats(self.machine.lines(line))
+            numbers = [beat.number for beat in found]
+            assert numbers == list(range(numbers[0], numbers[0] + len(numbers))), (
+                f"{vm}: a beat is missing, or came twice"
+            )
+            assert len({beat.boot for beat in found}) == 1, f"{vm} booted again"
+            before, after = longest_silence([beat for beat in found if beat.at >= since])
+            silence_s = after.at - before.at
+            assert 0 < after.up_s - before.up_s < 0.5 * silence_s + 1, f"{vm}: its clock ran in the pause"
+            print(
+                f"\n{self.name} to {release}: {vm}: beat {before.number} -> {after.number}, silence {silence_s:.1f} s,"
+                f" its clock +{after.up_s - before.up_s:.2f} s, memory bad=0"
+            )

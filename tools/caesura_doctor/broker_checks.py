@@ -18,7 +18,7 @@ from caesura.contract.envelope import source_of
 from caesura.contract.messages import ClockSyncAnswered, CoordinatorPresence
 from caesura.contract.topics import channel_of
 from caesura.runtime.identity import new_id
-from caesura_host_updater.drivers.diagnosis import Finding, ok, warning, wrong
+from caesura_host_updater.drivers.diagnosis import Diagnosis, ok, warning, wrong
 from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.settings import HostUpdaterSettings
 from caesura_host_updater.subscriptions import filters
@@ -54,7 +54,7 @@ class _CoordinatorClock:
                 self.seen.set()
 
 
-async def check_broker(settings: HostUpdaterSettings, host: HostFile) -> AsyncIterator[Finding]:
+async def check_broker(settings: HostUpdaterSettings, host: HostFile) -> AsyncIterator[Diagnosis]:
     """Connects as the host's user, beside a host updater that may run, and publishes about a VM that nobody has."""
     try:
         options = options_from(settings, client_id=f"caesura-doctor-{host.host}-{new_id()[:8]}")
@@ -88,7 +88,7 @@ def _hint(bus: MqttBus) -> str:
     return explain(failure, bus.options).hint
 
 
-async def _rights(bus: MqttBus, settings: HostUpdaterSettings, host: HostFile) -> AsyncIterator[Finding]:
+async def _rights(bus: MqttBus, settings: HostUpdaterSettings, host: HostFile) -> AsyncIterator[Diagnosis]:
     post = MessageClient(bus, source_of(settings.fleet, "host", host.host))
     try:
         await _publish(post, host.host)
@@ -131,7 +131,7 @@ async def _publish(post: MessageClient, host: str) -> None:
     await post.bus.publish(topic, payload, qos=1, retain=False, timeout_s=_PUBLISH_S)
 
 
-async def _clock(clock: _CoordinatorClock) -> Finding:
+async def _clock(clock: _CoordinatorClock) -> Diagnosis:
     with suppress(TimeoutError):
         async with asyncio.timeout(_RETAINED_S):
             await clock.remembered.wait()

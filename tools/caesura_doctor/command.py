@@ -17,7 +17,7 @@ from caesura_ctl.options import print_json
 from caesura_doctor.broker_checks import BEAT_S, check_broker
 from caesura_doctor.host_checks import check_host, host_file
 from caesura_doctor.host_settings import ENV_FILE, PREFIX, host_settings
-from caesura_host_updater.drivers.diagnosis import Finding, warning, wrong
+from caesura_host_updater.drivers.diagnosis import Diagnosis, warning, wrong
 from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.settings import HostUpdaterSettings
 
@@ -41,9 +41,9 @@ exit codes:
 _MARKS = {"ok": "ok     ", "warning": "WARNING", "wrong": "WRONG  "}
 
 
-class _Answer(msgspec.Struct, frozen=True, kw_only=True):
+class _DoctorAnswer(msgspec.Struct, frozen=True, kw_only=True):
     healthy: bool
-    findings: list[Finding]
+    findings: list[Diagnosis]
 
 
 @click.command("doctor", epilog=_EPILOG)
@@ -65,7 +65,7 @@ def doctor(*, env_file: str | None, broker: bool, as_json: bool) -> None:
         fail(error, as_json=as_json)
     healthy = not any(each.level == "wrong" for each in findings)
     if as_json:
-        print_json(_Answer(healthy=healthy, findings=findings))
+        print_json(_DoctorAnswer(healthy=healthy, findings=findings))
     else:
         count = sum(each.level == "wrong" for each in findings)
         warnings = sum(each.level == "warning" for each in findings)
@@ -73,24 +73,24 @@ def doctor(*, env_file: str | None, broker: bool, as_json: bool) -> None:
     sys.exit(0 if healthy else 1)
 
 
-def _print(finding: Finding) -> None:
+def _print(finding: Diagnosis) -> None:
     click.echo(f"{_MARKS[finding.level]}  {finding.about}")
     if finding.remedy:
         click.echo(f"         {finding.remedy}")
 
 
-def _quiet(_: Finding) -> None:
+def _quiet(_: Diagnosis) -> None:
     """Everything is printed at the end."""
 
 
-Say = Callable[[Finding], None]
+Say = Callable[[Diagnosis], None]
 """Called with each finding as it comes: some take seconds."""
 
 
-def _findings(env_file: str | None, environ: Mapping[str, str], *, broker: bool, say: Say) -> list[Finding]:
-    found: list[Finding] = []
+def _findings(env_file: str | None, environ: Mapping[str, str], *, broker: bool, say: Say) -> list[Diagnosis]:
+    found: list[Diagnosis] = []
 
-    def add(finding: Finding) -> None:
+    def add(finding: Diagnosis) -> None:
         found.append(finding)
         say(finding)
 

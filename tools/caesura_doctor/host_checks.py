@@ -14,7 +14,7 @@ from typing import Any
 from caesura.bus.options import parse_address
 from caesura.runtime.errors import ConfigError
 from caesura_doctor.readiness import ask_ready, is_synchronised
-from caesura_host_updater.drivers.diagnosis import Finding, ok, warning, wrong
+from caesura_host_updater.drivers.diagnosis import Diagnosis, ok, warning, wrong
 from caesura_host_updater.drivers.plugin import DriverSetup, load_plugin
 from caesura_host_updater.inventory.host_config import (
     HostFile,
@@ -32,7 +32,7 @@ _VOLATILE = ("tmpfs", "ramfs")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def host_file(settings: HostUpdaterSettings) -> tuple[HostFile | None, list[Finding]]:
+def host_file(settings: HostUpdaterSettings) -> tuple[HostFile | None, list[Diagnosis]]:
     """The host file with the VMs that its driver finds; None: it cannot be used."""
     try:
         host, passed = with_discovered(read_host_file(settings.host_file))
@@ -40,7 +40,7 @@ def host_file(settings: HostUpdaterSettings) -> tuple[HostFile | None, list[Find
         return None, [wrong("host_file", str(error), f"mend {settings.host_file}")]
     findings = [ok("host_file", f"{settings.host_file}: host {host.host}, driver {host.driver}")]
     findings += [
-        wrong("host_file.discovery", f"{place} is no VM: {why}", "as the text says")
+        wrong("host_file.discovery", f"{place} is not a VM: {why}", "as the text says")
         for place, why in passed.items()
     ]
     return host, findings
@@ -48,7 +48,7 @@ def host_file(settings: HostUpdaterSettings) -> tuple[HostFile | None, list[Find
 
 def check_host(
     settings: HostUpdaterSettings, host: HostFile, environ: Mapping[str, str]
-) -> Iterator[Finding]:
+) -> Iterator[Diagnosis]:
     """Everything but the broker."""
     yield from _state_folder(Path(settings.state_dir))
     yield from _updates(Path(settings.updates_dir))
@@ -64,7 +64,7 @@ def check_host(
     yield from _driver(settings, host, environ)
 
 
-def _state_folder(folder: Path) -> Iterator[Finding]:
+def _state_folder(folder: Path) -> Iterator[Diagnosis]:
     try:
         found = folder.stat()
     except OSError as error:
@@ -98,7 +98,7 @@ def _kind(folder: Path) -> str:
     return found.kind if found is not None else ""
 
 
-def _updates(folder: Path) -> Iterator[Finding]:
+def _updates(folder: Path) -> Iterator[Diagnosis]:
     try:
         count = sum(each.suffix == ".toml" for each in folder.iterdir())
     except OSError as error:
@@ -116,7 +116,7 @@ def _updates(folder: Path) -> Iterator[Finding]:
         )
 
 
-def _guard(settings: HostUpdaterSettings) -> Iterator[Finding]:
+def _guard(settings: HostUpdaterSettings) -> Iterator[Diagnosis]:
     remedy = (
         "systemctl start caesura-pause-guard"
         if settings.guard == "external"
@@ -153,7 +153,7 @@ def _ask_guard(state_dir: str) -> dict[str, Any]:
     return dict(answer)
 
 
-def _updater(settings: HostUpdaterSettings) -> Iterator[Finding]:
+def _updater(settings: HostUpdaterSettings) -> Iterator[Diagnosis]:
     if not settings.health_listen:
         yield warning(
             "updater", "the host updater has no health listener", "set CAESURA_HOST_UPDATER_HEALTH_LISTEN"
@@ -174,7 +174,7 @@ def _updater(settings: HostUpdaterSettings) -> Iterator[Finding]:
         yield wrong(f"updater.{name}", why, "as the text says; journalctl -u caesura-host-updater")
 
 
-def _time() -> Iterator[Finding]:
+def _time() -> Iterator[Diagnosis]:
     if is_synchronised():
         yield ok("clock", "the kernel says that this host's clock is synchronised")
     else:
@@ -185,7 +185,7 @@ def _time() -> Iterator[Finding]:
         )
 
 
-def _driver(settings: HostUpdaterSettings, host: HostFile, environ: Mapping[str, str]) -> Iterator[Finding]:
+def _driver(settings: HostUpdaterSettings, host: HostFile, environ: Mapping[str, str]) -> Iterator[Diagnosis]:
     setup: DriverSetup[Any, Any] = DriverSetup(
         host=host.host,
         vms=host.vm,

@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 
-class Finding(msgspec.Struct, frozen=True, kw_only=True):
+class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
     """One thing that was looked at.
 
     Args:
@@ -23,16 +23,16 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     remedy: str = ""
 
 
-def ok(name: str, about: str) -> Finding:
+def ok(name: str, about: str) -> Diagnosis:
     """All is well."""
-    return Finding(name=name, level="ok", about=about)
+    return Diagnosis(name=name, level="ok", about=about)
 
 
-def warning(name: str, about: str, remedy: str) -> Finding:
+def warning(name: str, about: str, remedy: str) -> Diagnosis:
     """It works, with less than there could be."""
-    return Finding(name=name, level="warning", about=about, remedy=remedy)
+    return Diagnosis(name=name, level="warning", about=about, remedy=remedy)
 
 
-def wrong(name: str, about: str, remedy: str) -> Finding:
+def wrong(name: str, about: str, remedy: str) -> Diagnosis:
     """Nothing can be paused, or not safely."""
-    return Finding(name=name, level="wrong", about=about, remedy=remedy)
+    return Diagnosis(name=name, level="wrong", about=about, remedy=remedy)

@@ -12,14 +12,14 @@ from caesura_host_updater.drivers.container.definition import (
     engine_facts,
     inspected,
 )
-from caesura_host_updater.drivers.diagnosis import Finding, ok, warning, wrong
+from caesura_host_updater.drivers.diagnosis import Diagnosis, ok, warning, wrong
 from caesura_vmcontrol import container_engine
 from caesura_vmcontrol.container_engine import EngineRefused
 
 _ASK_S = 3.0
 
 
-def diagnose(vms: tuple[ContainerVm, ...], options: ContainerOptions) -> Iterator[Finding]:
+def diagnose(vms: tuple[ContainerVm, ...], options: ContainerOptions) -> Iterator[Diagnosis]:
     """See the module."""
     try:
         version = container_engine.call(options.socket, "GET", "/version", _ASK_S)
@@ -40,7 +40,7 @@ def diagnose(vms: tuple[ContainerVm, ...], options: ContainerOptions) -> Iterato
         yield from _of_container(vm, options)
 
 
-def _of_container(vm: ContainerVm, options: ContainerOptions) -> Iterator[Finding]:
+def _of_container(vm: ContainerVm, options: ContainerOptions) -> Iterator[Diagnosis]:
     try:
         found = inspected(
             container_engine.call(options.socket, "GET", f"/containers/{vm.container_name}/json", _ASK_S)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from caesura.contract.names import InvalidName, check_name
 from caesura_host_updater.drivers.container.definition import ContainerOptions, ContainerVm, vms_of
 from caesura_host_updater.drivers.container.diagnosis import diagnose
-from caesura_host_updater.drivers.diagnosis import Finding
+from caesura_host_updater.drivers.diagnosis import Diagnosis
 from caesura_host_updater.drivers.plugin import DriverPlugin, DriverSetup
 from caesura_host_updater.drivers.port import Driver
 from caesura_vmcontrol import container_engine
@@ -51,7 +51,7 @@ class ContainerPlugin(DriverPlugin[ContainerVm, ContainerOptions]):
                 usable.append(vm)
         return tuple(usable), wrong
 
-    def diagnose(self, setup: DriverSetup[ContainerVm, ContainerOptions]) -> Iterable[Finding]:
+    def diagnose(self, setup: DriverSetup[ContainerVm, ContainerOptions]) -> Iterable[Diagnosis]:
         """The engine, live-restore, the containers and their freezers."""
         return diagnose(setup.vms, setup.options)
 

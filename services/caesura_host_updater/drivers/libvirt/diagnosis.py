@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from caesura_host_updater.drivers.diagnosis import Finding, ok, warning, wrong
+from caesura_host_updater.drivers.diagnosis import Diagnosis, ok, warning, wrong
 from caesura_host_updater.drivers.libvirt.binding import NoBinding
 from caesura_host_updater.drivers.libvirt.connection import LibvirtConnection, LibvirtError
 from caesura_host_updater.drivers.libvirt.definition import (
@@ -29,7 +29,7 @@ def sockets_of(options: LibvirtOptions, environ: Mapping[str, str]) -> tuple[str
     return usual_sockets(options.uri, environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}")
 
 
-def diagnose(options: LibvirtOptions, environ: Mapping[str, str]) -> Iterator[Finding]:
+def diagnose(options: LibvirtOptions, environ: Mapping[str, str]) -> Iterator[Diagnosis]:
     """See the module."""
     sockets = sockets_of(options, environ)
     socket = next((each for each in sockets if Path(each).exists()), "")
@@ -60,7 +60,9 @@ def diagnose(options: LibvirtOptions, environ: Mapping[str, str]) -> Iterator[Fi
         yield from _of_domain(vm, found[vm.uuid], socket, options)
 
 
-def _of_domain(vm: LibvirtVm, domain: FoundDomain, socket: str, options: LibvirtOptions) -> Iterator[Finding]:
+def _of_domain(
+    vm: LibvirtVm, domain: FoundDomain, socket: str, options: LibvirtOptions
+) -> Iterator[Diagnosis]:
     called = vm.name if vm.name == vm.domain_name else f"{vm.name} ({vm.domain_name})"
     if vm.label_error:
         yield wrong("libvirt.label", f"{called}: {vm.label_error}", "as the text says")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from caesura_host_updater.drivers.diagnosis import Finding
+from caesura_host_updater.drivers.diagnosis import Diagnosis
 from caesura_host_updater.drivers.libvirt.definition import LibvirtOptions, LibvirtVm
 from caesura_host_updater.drivers.libvirt.diagnosis import diagnose, sockets_of
 from caesura_host_updater.drivers.plugin import DriverPlugin, DriverSetup
@@ -27,7 +27,7 @@ class LibvirtPlugin(DriverPlugin[LibvirtVm, LibvirtOptions]):
             f" `caesura libvirt label {vm.name} --set {vm.set or 'SET'} --update-domain {vm.update_domain or 0}`"
         )
 
-    def diagnose(self, setup: DriverSetup[LibvirtVm, LibvirtOptions]) -> Iterable[Finding]:
+    def diagnose(self, setup: DriverSetup[LibvirtVm, LibvirtOptions]) -> Iterable[Diagnosis]:
         """The binding, the daemon, rights, labels, ways out, agents."""
         return diagnose(setup.options, setup.environ)
 

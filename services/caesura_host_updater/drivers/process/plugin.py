@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from caesura.runtime.logs import get_logger
 from caesura.runtime.processes import cgroup_name
-from caesura_host_updater.drivers.diagnosis import Finding, ok, warning, wrong
+from caesura_host_updater.drivers.diagnosis import Diagnosis, ok, warning, wrong
 from caesura_host_updater.drivers.plugin import DriverPlugin, DriverSetup
 from caesura_host_updater.drivers.port import Driver
 from caesura_host_updater.drivers.process.definition import ProcessOptions, ProcessVm, vm_error
@@ -27,7 +27,7 @@ class ProcessPlugin(DriverPlugin[ProcessVm, ProcessOptions]):
         """See ``definition``."""
         return vm_error(vm)
 
-    def diagnose(self, setup: DriverSetup[ProcessVm, ProcessOptions]) -> Iterable[Finding]:
+    def diagnose(self, setup: DriverSetup[ProcessVm, ProcessOptions]) -> Iterable[Diagnosis]:
         """Which freezer works here: looked at, not tried."""
         import os  # noqa: PLC0415 - as below
         from pathlib import Path  # noqa: PLC0415

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from caesura_host_updater.drivers.diagnosis import Finding, ok, warning, wrong
+from caesura_host_updater.drivers.diagnosis import Diagnosis, ok, warning, wrong
 from caesura_host_updater.drivers.qemu.accel import device_fault
 from caesura_host_updater.drivers.qemu.definition import QemuOptions, QemuVm
 
@@ -16,7 +16,7 @@ _VERSION_S = 20.0
 _KVM = "/dev/kvm"
 
 
-def diagnose(vms: tuple[QemuVm, ...], options: QemuOptions, ram_dir: str) -> Iterator[Finding]:
+def diagnose(vms: tuple[QemuVm, ...], options: QemuOptions, ram_dir: str) -> Iterator[Diagnosis]:
     """See the module. ``ram_dir``: where guests' RAM files are."""
     own = [vm for vm in vms if vm.qemu is not None]
     yield from _binary(options.binary)
@@ -28,7 +28,7 @@ def diagnose(vms: tuple[QemuVm, ...], options: QemuOptions, ram_dir: str) -> Ite
         yield from _disks(vm)
 
 
-def _binary(binary: str) -> Iterator[Finding]:
+def _binary(binary: str) -> Iterator[Diagnosis]:
     path = shutil.which(binary)
     if path is None:
         yield wrong(
@@ -45,7 +45,7 @@ def _binary(binary: str) -> Iterator[Finding]:
     yield ok("qemu.binary", f"{path}: {done.stdout.splitlines()[0] if done.stdout else 'no version'}")
 
 
-def _kvm(options: QemuOptions) -> Iterator[Finding]:
+def _kvm(options: QemuOptions) -> Iterator[Diagnosis]:
     fault = device_fault(_KVM)
     if not fault:
         yield ok("qemu.kvm", f"{_KVM} can be used")
@@ -61,7 +61,7 @@ def _kvm(options: QemuOptions) -> Iterator[Finding]:
         )
 
 
-def _room(own: list[QemuVm], ram_dir: str) -> Iterator[Finding]:
+def _room(own: list[QemuVm], ram_dir: str) -> Iterator[Diagnosis]:
     needed = sum(vm.qemu.memory_mib for vm in own if vm.qemu is not None)
     try:
         usage = shutil.disk_usage(ram_dir)
@@ -78,7 +78,7 @@ def _room(own: list[QemuVm], ram_dir: str) -> Iterator[Finding]:
         yield ok("qemu.ram_dir", f"{ram_dir} has {usage.total >> 20} MiB for guests of {needed} MiB")
 
 
-def _folder(name: str, path: str) -> Iterator[Finding]:
+def _folder(name: str, path: str) -> Iterator[Diagnosis]:
     place = Path(path)
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -92,7 +92,7 @@ def _folder(name: str, path: str) -> Iterator[Finding]:
         )
 
 
-def _disks(vm: QemuVm) -> Iterator[Finding]:
+def _disks(vm: QemuVm) -> Iterator[Diagnosis]:
     for disk in vm.qemu.disk if vm.qemu is not None else ():
         if not os.access(disk.file, os.R_OK | os.W_OK):
             yield wrong(

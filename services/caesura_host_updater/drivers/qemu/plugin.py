@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 import msgspec
 
 from caesura.runtime.logs import get_logger
-from caesura_host_updater.drivers.diagnosis import Finding
+from caesura_host_updater.drivers.diagnosis import Diagnosis
 from caesura_host_updater.drivers.plugin import DriverPlugin, DriverSetup
 from caesura_host_updater.drivers.port import Driver
 from caesura_host_updater.drivers.qemu.accel import Accelerator, find_accelerator
@@ -55,7 +55,7 @@ class QemuPlugin(DriverPlugin[QemuVm, QemuOptions]):
         """See ``discovery``."""
         return unnamed_vms(options.discover, known)
 
-    def diagnose(self, setup: DriverSetup[QemuVm, QemuOptions]) -> Iterable[Finding]:
+    def diagnose(self, setup: DriverSetup[QemuVm, QemuOptions]) -> Iterable[Diagnosis]:
         """The binary, KVM, folders, disks."""
         return diagnose(setup.vms, setup.options, ram_dir(setup.options, setup.kernel))
 

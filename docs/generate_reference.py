@@ -75,6 +75,7 @@ PINGS = {
     "store": "the SQLite store can be read",
     "journal": "the last write to the SQLite journal succeeded",
     "driver": "every VM of the host file runs",
+    "host clock": "guests may be set by the host's clock; after a change of its kernel that may need an NTP client first",
     "guard": "the pause guard is connected",
     "pauses": "no VM is paused by somebody else",
     "inventory": "the inventory can be published: without its VMs it fits into a message",

@@ -36,6 +36,7 @@ from caesura.contract.messages import (
 from caesura.delivery.message import OutboxMessage
 from caesura.runtime.logs import get_logger
 from caesura_host_updater.agent_registry import AgentRegistry
+from caesura_host_updater.clocks.reference_clock import ReferenceClock
 from caesura_host_updater.clocks.tracker import ClockSyncTracker
 from caesura_host_updater.command_handler import CommandHandler
 from caesura_host_updater.drivers.port import Driver, MembershipCapable
@@ -121,6 +122,7 @@ class HostUpdater:
             host=host.host,
         )
         self.outbox = Outbox(bus, journal, self._published)
+        self._host_clock = ReferenceClock(Path(settings.state_dir))
         self.clocks = ClockSyncTracker(
             host.host,
             driver,
@@ -128,6 +130,7 @@ class HostUpdater:
             timeout_s=settings.clock_timeout_s,
             verdict=self._clock_judged,
             repeat=self.outbox.queue,
+            host_clock_error=self._host_clock.error,
         )
         self._fact_factory = FactFactory(host.host, settings.fleet)
         self._statuses = VmStatuses(host.host, self._vms, self.post)
@@ -156,6 +159,7 @@ class HostUpdater:
             resumed=resumed,
             has_clock=self._view.has_clock,
             measured=self._kernel.measured,
+            clock_unsure=self._host_clock.distrust,
         )
         self.operations = CurrentOperation(
             host.host,
@@ -355,8 +359,8 @@ class HostUpdater:
     # -- clocks and agents ----------------------------------------------------------------------------------
 
     async def _on_clock_request(self, message: ClockSyncRequested, _: Received) -> None:
-        if message.vm not in self._vms:
-            return
+        if message.vm not in self._vms or self._host_clock.error():
+            return  # a wrong time is worse than none: the agent asks again
         t2_ns = self._received_ns
         answer = ClockSyncAnswered(
             vm=message.vm,
@@ -426,6 +430,7 @@ class HostUpdater:
             ),
             "journal": lambda: self._journal.trouble,
             "driver": self._driver.ping,
+            "host clock": self._host_clock.error,
             "inventory": self._inventories.ping,
             "updates": self._updates.health_error,
             "pauses": self._view.health_error,

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Literal
 
 from caesura_vmcontrol import boot_counters, claims, kernel_clock
 from caesura_vmcontrol.boots import boot8
@@ -146,17 +147,20 @@ def _set_clock(left: Left, log: Log) -> tuple[HostClock, float]:
     with suppress(OSError):
         ticks = kernel_clock.tsc() if kernel_clock.trusted_here() else None
     now = time.time()
-    elapsed = kernel_clock.elapsed_since(left.pair, ticks, now)
-    if not elapsed.by_tsc:
-        return HostClock("rtc", None, elapsed.uncertainty_s), elapsed.seconds
+    elapsed = kernel_clock.elapsed_since(left.pair, ticks, kernel_clock.by_rtc(left, now, kernel_clock.rtc()))
     error_s = now - (left.pair.realtime + elapsed.seconds)
+    if not elapsed.by_tsc and abs(error_s) <= 2 * elapsed.uncertainty_s:
+        return HostClock(
+            "rtc", None, elapsed.uncertainty_s
+        ), elapsed.seconds  # no better than the kernel's own
     try:
         time.clock_settime(time.CLOCK_REALTIME, time.time() - error_s)
     except OSError as error:  # the ordinary guard may not
         log("arrival.clock_not_set", why=str(error), error_s=round(error_s, 6))
         return HostClock("rtc", error_s, abs(error_s) + elapsed.uncertainty_s), elapsed.seconds
-    log("arrival.clock_set", error_before_s=round(error_s, 6))
-    return HostClock("tsc", error_s, elapsed.uncertainty_s), elapsed.seconds
+    source: Literal["tsc", "rtc"] = "tsc" if elapsed.by_tsc else "rtc"
+    log("arrival.clock_set", error_before_s=round(error_s, 6), source=source)
+    return HostClock(source, error_s, elapsed.uncertainty_s), elapsed.seconds
 
 
 def _doubts(intent: Intent, change: KernelChange, arrival: Arrival, folder: str, wrong: str) -> list[str]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Protocol
 
-from caesura_vmcontrol import boot_counters, claims
+from caesura_vmcontrol import boot_counters, claims, kernel_clock
 from caesura_vmcontrol.boots import boot8
 from caesura_vmcontrol.bounded import CallTimeout, within
 from caesura_vmcontrol.claims import Owner
@@ -152,7 +152,7 @@ class Leaving:
             for plan in plans:
                 claimed.append(plan)
                 self._bounded(f"claims of {plan.vm}", lambda plan=plan: _claim_left(plan))
-            change.left = Left(self._pair(), time.monotonic(), platform.release())
+            change.left = Left(self._pair(), time.monotonic(), platform.release(), kernel_clock.rtc())
             self._bounded("intent", self._watch.record)
             self._jump(change, by)
         except (GuardRefusal, OSError, claims.BadClaim) as error:

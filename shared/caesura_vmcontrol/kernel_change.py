@@ -37,11 +37,15 @@ class ClockPair:
 
 @dataclass(frozen=True)
 class Left:
-    """The last that the former kernel's guard wrote. ``monotonic``: s on that boot's clock at ``pair``."""
+    """The last that the former kernel's guard wrote. ``monotonic``: s on that boot's clock at ``pair``.
+
+    ``rtc``: what the RTC itself said, s since 1970; it may be in local time, or wrong, and is compared with itself only. None: there is none.
+    """
 
     pair: ClockPair
     monotonic: float
     release: str
+    rtc: float | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,7 @@ def _left(data: Any) -> Left:
         ClockPair(int(pair["tsc"]), float(pair["realtime"]), float(pair["khz"]), bool(pair["trusted"])),
         float(data["monotonic"]),
         str(data["release"]),
+        None if data.get("rtc") is None else float(data["rtc"]),
     )
 
 

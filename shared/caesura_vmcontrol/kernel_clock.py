@@ -14,14 +14,24 @@ import platform
 import time
 from dataclasses import dataclass
 
-from caesura_vmcontrol.kernel_change import ClockPair
+from caesura_vmcontrol.kernel_change import ClockPair, Left
 
 _RDTSC = bytes.fromhex("0faee80f3148c1e2204809d0c3")  # lfence; rdtsc; shl rdx,32; or rax,rdx; ret
-_RTC_S = 1.5  # s: by how much the new kernel's own time may differ from the counter's before the counter is not believed
+_RTC_S = 1.5  # s: by how much the RTC, read in whole seconds, may differ from the counter before the counter is not believed
+_RTC = "/sys/class/rtc/rtc0/since_epoch"
 _RATE_ERROR = 20e-6  # of the elapsed time: 2 to 9 parts in a million were seen
 _READ_S = 0.001  # s: to set a clock
 RTC_UNCERTAINTY_S = 1.0
 """Where the counter cannot be trusted: whole seconds of the RTC, and half a second added."""
+
+
+def rtc() -> float | None:
+    """What the host's RTC says, whole seconds since 1970; it may be in local time, or wrong. None: there is none."""
+    try:
+        with open(_RTC, encoding="ascii") as file:
+            return float(file.read())
+    except (OSError, ValueError):
+        return None
 
 
 class NoCounter(OSError):
@@ -119,6 +129,21 @@ def _both() -> tuple[int, float]:
     return (before + tsc()) // 2, monotonic
 
 
+def by_rtc(left: Left, realtime: float, rtc_now: float | None) -> float:
+    """How long ago the former kernel was left by the RTC, s. Pure.
+
+    The RTC is compared with itself. The kernel's own time, which comes from it, was another clock's in the former boot: an RTC in
+    local time, or one that nobody sets, differs from that by any amount.
+
+    Args:
+        realtime: CLOCK_REALTIME now, as the new kernel has set it.
+        rtc_now: as ``rtc``.
+    """
+    if left.rtc is not None and rtc_now is not None:
+        return rtc_now - left.rtc
+    return realtime - left.pair.realtime
+
+
 @dataclass(frozen=True)
 class Elapsed:
     """Since the former kernel was left: seconds, by which clock, and how far they may be off, in seconds."""
@@ -128,14 +153,14 @@ class Elapsed:
     uncertainty_s: float
 
 
-def elapsed_since(left: ClockPair, ticks: int | None, realtime: float) -> Elapsed:
+def elapsed_since(left: ClockPair, ticks: int | None, by_rtc_s: float) -> Elapsed:
     """How long ago ``left`` was. Pure.
 
     Args:
+        left: the last instant of the former kernel.
         ticks: the counter now; None: there is none that can be trusted.
-        realtime: CLOCK_REALTIME now, as the new kernel has set it.
+        by_rtc_s: how long ago it was by the RTC, s, see ``by_rtc``.
     """
-    by_rtc_s = realtime - left.realtime
     if ticks is not None and left.trusted and left.khz > 0:
         by_tsc_s = (ticks - left.tsc) / left.khz / 1000
         # A reset through the firmware starts the counter again.

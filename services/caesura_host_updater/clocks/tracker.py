@@ -14,7 +14,14 @@ from caesura.contract.messages import AgentClockSynced, MemoryProof, VmClockSync
 from caesura.delivery.message import OutboxMessage
 from caesura.lifecycle.proof import memory_proof
 from caesura.runtime.logs import get_logger
-from caesura_host_updater.clocks.verdict import ClockCheck, judge, judge_driver, same_boot, unsynced
+from caesura_host_updater.clocks.verdict import (
+    ClockCheck,
+    by_wrong_clock,
+    judge,
+    judge_driver,
+    same_boot,
+    unsynced,
+)
 from caesura_host_updater.drivers.port import ClockCapable, Driver, DriverError, NotPossible
 
 _BOOT_ID_S = 0.5  # s: for a guest to report its boot id before it is paused
@@ -51,6 +58,7 @@ class ClockSyncTracker:
     Args:
         verdict: receives each verdict, with the operation it is about.
         repeat: publishes a `resumed` again.
+        host_clock_error: why the host's own clock cannot be the reference; then no clock that was set by it is called right.
     """
 
     def __init__(
@@ -62,7 +70,9 @@ class ClockSyncTracker:
         timeout_s: float,
         verdict: Callable[[VmClockSynced], None],
         repeat: Callable[[OutboxMessage], None],
+        host_clock_error: Callable[[], str] = lambda: "",
     ) -> None:
+        self._host_clock_error = host_clock_error
         self._host = host
         self._driver = driver
         self._has_agent = has_agent
@@ -196,6 +206,10 @@ class ClockSyncTracker:
             if pending.asking.done():
                 self._close(pending, self._better(pending, pending.asking.result()))
         elif pending.answer is not None and not self._waits_for_canary(pending, now):
+            if why := self._host_clock_error():
+                verdict = by_wrong_clock(self._host, pending.wait, pending.answer, why, datetime.now(UTC))
+                self._close(pending, verdict)
+                return
             verdict = judge(self._host, pending.wait, pending.answer, datetime.now(UTC))
             if verdict.synced or not self._settable(pending.wait.vm):
                 self._close(pending, verdict)
@@ -232,6 +246,8 @@ class ClockSyncTracker:
         """The agent's answer, if there is one: it may have arrived while the driver was asked."""
         if pending.answer is None:
             return by_driver
+        if why := self._host_clock_error():
+            return by_wrong_clock(self._host, pending.wait, pending.answer, why, datetime.now(UTC))
         by_agent = judge(self._host, pending.wait, pending.answer, datetime.now(UTC))
         if by_agent.synced or not by_driver.synced:
             return by_agent
@@ -242,6 +258,8 @@ class ClockSyncTracker:
         pending.asking.add_done_callback(lambda _: self._stir.set())
 
     async def _by_driver(self, wait: ClockCheck, why: str) -> VmClockSynced:
+        if wrong := self._host_clock_error():
+            return unsynced(self._host, wait, f"{why}, and {wrong}", datetime.now(UTC))
         try:
             async with asyncio.timeout(self._timeout_s):
                 clock_set = await self._clocks(wait.vm).sync_clock(wait.vm)

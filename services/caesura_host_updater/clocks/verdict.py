@@ -78,6 +78,13 @@ def judge_driver(
     )
 
 
+def by_wrong_clock(
+    host: str, wait: ClockCheck, answer: AgentClockSynced, why: str, at: datetime
+) -> VmClockSynced:
+    """The verdict where the host's own clock cannot be the reference, whatever was measured against it; what the guest shows of its memory counts."""
+    return msgspec.structs.replace(unsynced(host, wait, why, at), memory=shown_by_guest(wait, answer))
+
+
 def _too_far(error_s: float, uncertainty_s: float, bound_s: float) -> str:
     worst_s = abs(error_s) + uncertainty_s
     if worst_s <= bound_s:

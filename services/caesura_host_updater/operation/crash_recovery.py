@@ -35,6 +35,7 @@ from caesura_host_updater.pause_markers import PauseMarkers, how_to_resume
 from caesura_host_updater.update_process import end_orphans
 from caesura_host_updater.vm_view import STATES_S, plan_of
 from caesura_vmcontrol.intent import Intent
+from caesura_vmcontrol.kernel_change import HostClock
 from caesura_vmcontrol.procfs import boot_id
 
 _RESUME_TRY_S = 0.25  # s: one try of a resume
@@ -77,6 +78,7 @@ class CrashRecovery:
         resumed: what ``resume_marked`` returned.
         has_clock: whether a VM's clock is judged after a pause.
         measured: keeps how long a change of the host's kernel took.
+        clock_unsure: called where the host's clock could not be carried over that, with how far it may be off, in seconds.
     """
 
     def __init__(
@@ -92,7 +94,9 @@ class CrashRecovery:
         resumed: Mapping[str, float],
         has_clock: Callable[[str], bool],
         measured: Callable[[KernelFigure], Awaitable[None]] | None = None,
+        clock_unsure: Callable[[float], None] = lambda _: None,
     ) -> None:
+        self._clock_unsure = clock_unsure
         self._measured = measured
         self._host = host
         self._driver = driver
@@ -104,6 +108,7 @@ class CrashRecovery:
         self._has_clock = has_clock
         self._held: Intent | None = None
         self._guard_answered = False
+        self._noted_clock: HostClock | None = None
         self._resumed = dict(resumed)
         self._adopted = False
         self._unsaved: list[tuple[OperationReported, Operation, list[OutboxMessage], list[ClockCheck]]] = []
@@ -120,6 +125,7 @@ class CrashRecovery:
         try:
             self._held = await self._guard.start()
             self._guard_answered = True
+            self._note_clock(self._held)
         except GuardUnavailable as error:
             _log.error("guard.absent", why=str(error))  # fails closed: nothing will be frozen without it
         await self._driver.open()
@@ -179,6 +185,7 @@ class CrashRecovery:
             except GuardUnavailable as error:
                 why = str(error)
             else:
+                self._note_clock(record)
                 if _is_decided(record, entry.id):
                     break
                 why = "; ".join(undecided(record, boot_id())) if record is not None else ""
@@ -195,6 +202,16 @@ class CrashRecovery:
                 break
             await asyncio.sleep(_ASK_S)
         self._guard_released.set()
+
+    def _note_clock(self, record: Intent | None) -> None:
+        """Before a guest is set by this host's clock: whether the boot that arrived could set it."""
+        change = record.kernel_change if record is not None else None
+        arrival = change.arrival if change is not None else None
+        if arrival is None or arrival.boot_id != boot_id() or arrival.clock == self._noted_clock:
+            return
+        self._noted_clock = arrival.clock
+        if arrival.clock.source != "tsc":
+            self._clock_unsure(arrival.clock.uncertainty_s)
 
     async def _keep_rehearsal(self, held: Intent) -> None:
         figure = rehearsal_figure(held, datetime.now(UTC))

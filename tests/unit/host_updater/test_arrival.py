@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from caesura_host_updater.operation.arrival import arrived, figure_of, rehearsal_figure
+from caesura_host_updater.operation.crash_outcome import recovered
 from caesura_host_updater.operation.pause_deadlines import PauseDeadlines
 from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause
-from caesura_vmcontrol.intent import Intent, UnreadableIntent
+from caesura_vmcontrol.intent import GuardAction, Intent, Intervention, UnreadableIntent
 from caesura_vmcontrol.kernel_change import (
     Arrival,
     By,
@@ -173,3 +174,17 @@ def test_a_rehearsal_is_a_measurement() -> None:
     assert rehearsal_figure(intent(change("a")), NOW) is None, "no rehearsal"
     assert rehearsal_figure(intent(replace(change(), rehearsal=True)), NOW) is None, "nothing came up"
     assert rehearsal_figure(intent(replace(change("x", release=OLD), rehearsal=True)), NOW) is None
+
+
+def test_an_updater_that_was_killed_while_the_guard_was_to_leave() -> None:
+    """The guard did not, resumed the VMs in this very boot, and says so: nothing is called lost, nothing completed."""
+    op = operation("a")
+    fired = GuardAction(
+        "the host updater died", 101.2, {"a": Intervention(True, None, 102.0, "running", "new:5:6")}
+    )
+    record = Intent("op", "boot-1", 99.0, 130.0, (), fired, KernelChange(NEW, "/carve-out"))
+    end = recovered(op, record, {}, same_boot=True)
+    (vm,) = end.vms
+    assert (end.end, end.codes) == ("failed", ("updater_died",))
+    assert (vm.end, vm.resumed_by) == ("running", "guard")
+    assert vm.pause_s == pytest.approx(2.0)

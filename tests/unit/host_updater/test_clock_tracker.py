@@ -54,6 +54,7 @@ class Desk:
     """A desk with everything around it made up."""
 
     def __init__(self, *without_agent: str, timeout_s: float = 0.2) -> None:
+        self.host_clock = ""
         self.driver = OutsideClock()
         driver: Any = self.driver
         self.verdicts: asyncio.Queue[VmClockSynced] = asyncio.Queue()
@@ -64,6 +65,7 @@ class Desk:
             timeout_s=timeout_s,
             verdict=self.verdicts.put_nowait,
             repeat=lambda _: None,
+            host_clock_error=lambda: self.host_clock,
         )
 
     def resumed(self, vm: str) -> None:
@@ -327,3 +329,26 @@ async def test_an_answer_before_the_report_is_completed_by_the_canary(make: Any)
     verdict = await desk.verdict()
     assert verdict.memory is not None
     assert "canary_equal" in verdict.memory.held
+
+
+async def test_nothing_that_was_measured_against_a_wrong_clock_is_in_bound(make: Any) -> None:
+    """After a change of the host's kernel whose time nothing carried over: what the guest shows of its memory counts all the same."""
+    desk: Desk = make(timeout_s=60)
+    desk.host_clock = "the host's own clock may be 1 s off"
+    desk.paused("a")
+    desk.desk.answered(answer())
+    verdict = await desk.verdict()
+    assert (verdict.synced, verdict.by, verdict.reason) == (False, "nobody", desk.host_clock)
+    assert verdict.memory is not None
+    assert desk.driver.asked == []
+
+
+async def test_nor_is_a_guest_set_by_it_from_outside(make: Any) -> None:
+    desk: Desk = make("vm")
+    desk.host_clock = "the host's own clock may be 1 s off"
+    desk.driver.answer = ClockSet(before_s=0.5, after_s=0.0, uncertainty_s=0.001)
+    desk.paused("vm")
+    verdict = await desk.verdict()
+    assert not verdict.synced
+    assert desk.host_clock in verdict.reason
+    assert desk.driver.asked == [], "it would be given the wrong time"

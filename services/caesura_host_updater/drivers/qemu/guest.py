@@ -159,6 +159,16 @@ class Guest:
             if self.state == "paused":
                 self._status = status
 
+    async def look_across(self) -> None:
+        """Look again whether another kernel can be started under it: what was in the way may be gone, or did not answer in time."""
+        run = self.run
+        if run is None or not self.across or self.across == (OFF,):
+            return
+        found = await _kexec_obstacles(run, self.kernel)
+        if self.run is run and found != self.across:
+            self.across = found
+            self.changed()
+
     async def _ask(self, qmp: AsyncQmp) -> None:
         self._status = await qmp.status()
         self.machine = await read_machine(qmp)

@@ -312,6 +312,7 @@ class VmSupervisor:
                     continue
                 if guest.prepared is None:
                     await self._migrator.restore_capabilities(guest)
+                    await guest.look_across()
                 if guest.state == "paused" and guest.prepared is None and not guest.stopped_by_us:
                     await guest.refresh()
                 lost = guest.mute if guest.run is not None else guest.spec.qemu is None

@@ -15,11 +15,7 @@ from caesura.contract.reasons import ReasonCode
 from caesura.lifecycle.proof import SUCCEEDING
 from caesura.runtime.errors import StoreError
 from caesura.runtime.logs import get_logger
-from caesura_host_updater.drivers.port import (
-    Driver,
-    DriverError,
-    guard_plan,
-)
+from caesura_host_updater.drivers.port import Driver, DriverError, MembershipCapable, guard_plan
 from caesura_host_updater.guard_client import GuardUnavailable
 from caesura_host_updater.inventory.updates import UpdateFile
 from caesura_host_updater.journal import JournalThread
@@ -189,7 +185,7 @@ class OperationRunner:
                 await asyncio.gather(*self._tasks, return_exceptions=True)
             for process in self._processes.values():
                 process.close()
-            if self.state.method in SUCCEEDING:
+            if self.state.method in SUCCEEDING or isinstance(self._driver, MembershipCapable):
                 await self._release()
         # Not in the `finally`: with an error in between, VMs may still be paused.
         self._pauses.remove(vm.vm for vm in self.state.vms)

@@ -29,7 +29,7 @@ from caesura_host_updater.inventory.updates import UpdateFile
 from caesura_host_updater.operation.current_operation import CurrentOperation
 from caesura_host_updater.operation.facts import FactFactory
 from caesura_host_updater.operation.finalizer import OperationFinalizer, cancelled_before_it_began
-from caesura_host_updater.operation.leaving import NO_DIGEST
+from caesura_host_updater.operation.kernel_jump import NO_DIGEST
 from caesura_host_updater.operation.report import status_report
 from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause
 from caesura_host_updater.outbox import Outbox

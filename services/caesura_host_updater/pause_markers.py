@@ -20,9 +20,9 @@ from caesura_vmcontrol.container_engine import EnginePlan
 from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
 from caesura_vmcontrol.markers import Marker
+from caesura_vmcontrol.orphaned_pauses import marked_and_paused, resume
 from caesura_vmcontrol.procfs import boot_id
 from caesura_vmcontrol.qemu_plans import QemuPlan, ReplacePlan, SwapPlan
-from caesura_vmcontrol.rescue import marked_and_paused, resume
 from caesura_vmcontrol.resume_plans import CgroupPlan, ResumePlan, SignalPlan
 
 _WRITE_S = 3.0  # s: one round of the disk; nothing is paused in the meantime

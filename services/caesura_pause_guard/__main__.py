@@ -20,8 +20,8 @@ try:
     from caesura_vmcontrol.intent import IntentFile, UnreadableIntent
     from caesura_vmcontrol.kernel_change import By
     from caesura_vmcontrol.notify import Notifier
+    from caesura_vmcontrol.orphaned_pauses import marked_and_paused
     from caesura_vmcontrol.procfs import boot_id
-    from caesura_vmcontrol.rescue import marked_and_paused
     from caesura_vmcontrol.watchdog import Watchdog
 except KeyboardInterrupt:  # as caesura.runtime.interrupt, which the guard may not import
     sys.exit(130)

@@ -23,10 +23,15 @@ from caesura_host_updater.drivers.port import Driver, DriverError, NotRunningYet
 from caesura_host_updater.guard_client import GuardClient, GuardUnavailable
 from caesura_host_updater.inventory.installs import marks_of
 from caesura_host_updater.journal import Journal, JournalEntry, JournalThread
-from caesura_host_updater.operation.arrival import arrived, figure_of, rehearsal_figure, undecided
 from caesura_host_updater.operation.crash_outcome import recovered
 from caesura_host_updater.operation.facts import FactFactory
 from caesura_host_updater.operation.finalizer import OperationFinalizer
+from caesura_host_updater.operation.kernel_change_outcome import (
+    arrived,
+    figure_of,
+    rehearsal_figure,
+    undecided,
+)
 from caesura_host_updater.operation.report import clock_wait, final_report, frozen_fact, resumed_fact
 from caesura_host_updater.operation.runner import to_wall_clock
 from caesura_host_updater.operation.state import BEFORE_SAVING, Operation

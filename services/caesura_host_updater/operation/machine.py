@@ -53,8 +53,8 @@ from caesura_host_updater.operation.inputs import (
     VmStarted,
     VmSwapped,
 )
-from caesura_host_updater.operation.leaving import leave, not_left
-from caesura_host_updater.operation.leaving import overdue as not_left_in_time
+from caesura_host_updater.operation.kernel_jump import leave, not_left
+from caesura_host_updater.operation.kernel_jump import overdue as not_left_in_time
 from caesura_host_updater.operation.reboot import (
     not_stopped_in_time,
     shut_down,

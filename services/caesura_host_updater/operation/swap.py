@@ -25,7 +25,7 @@ from caesura_host_updater.operation.inputs import (
     VmPrepared,
     VmSwapped,
 )
-from caesura_host_updater.operation.leaving import all_checked, check_kernel, kernel_checked
+from caesura_host_updater.operation.kernel_jump import all_checked, check_kernel, kernel_checked
 from caesura_host_updater.operation.resume import finish, publish_resumed, resume_all
 from caesura_host_updater.operation.state import (
     Decision,

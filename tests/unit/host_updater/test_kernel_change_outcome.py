@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caesura_host_updater.operation.arrival import arrived, figure_of, rehearsal_figure
 from caesura_host_updater.operation.crash_outcome import recovered
+from caesura_host_updater.operation.kernel_change_outcome import arrived, figure_of, rehearsal_figure
 from caesura_host_updater.operation.pause_deadlines import PauseDeadlines
 from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause
 from caesura_vmcontrol.intent import GuardAction, Intent, Intervention, UnreadableIntent

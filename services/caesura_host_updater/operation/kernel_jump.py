@@ -3,7 +3,7 @@
 The update runs first, while every VM runs, and ends with a loaded kernel. Host and VMs are checked before the guard is armed. Once every
 VM's device state is in its file, the facts and the journal are made durable and the pause guard is asked to leave the kernel: it is the
 process that would resume the VMs otherwise, so there is never both a jump and a resume. What follows is another boot's:
-see ``arrival``.
+see ``kernel_change_outcome``.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from datetime import datetime
 import msgspec
 
 from caesura.contract.messages import KernelFigure
-from caesura_host_updater.operation.leaving import NO_DIGEST
+from caesura_host_updater.operation.kernel_jump import NO_DIGEST
 from caesura_host_updater.operation.state import Operation, VmPause, failed
 from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.kernel_change import Arrival, KernelChange, Left, VmArrival

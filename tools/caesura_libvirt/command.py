@@ -61,7 +61,7 @@ class LibvirtCommandError(CaesuraError):
     """libvirt could not do it, or the label is not one; the text says what to do."""
 
 
-class _Domain(msgspec.Struct, frozen=True, kw_only=True):
+class _ShownDomain(msgspec.Struct, frozen=True, kw_only=True):
     """A domain in the output."""
 
     domain: str
@@ -235,7 +235,7 @@ def _changed(
         raise LibvirtCommandError(f"{found.name} is not labelled: {error}") from error
 
 
-def _shown(domains: list[FoundDomain]) -> list[_Domain]:
+def _shown(domains: list[FoundDomain]) -> list[_ShownDomain]:
     vms, passed = vms_of(domains, "all")
     by_uuid = {vm.uuid: vm for vm in vms}
     return [
@@ -244,10 +244,10 @@ def _shown(domains: list[FoundDomain]) -> list[_Domain]:
     ]
 
 
-def _of(domain: FoundDomain, vm: LibvirtVm | None, passed: str) -> _Domain:
+def _of(domain: FoundDomain, vm: LibvirtVm | None, passed: str) -> _ShownDomain:
     if vm is None:
-        return _Domain(domain=domain.name, uuid=domain.uuid, running=domain.number > 0, problem=passed)
-    return _Domain(
+        return _ShownDomain(domain=domain.name, uuid=domain.uuid, running=domain.number > 0, problem=passed)
+    return _ShownDomain(
         domain=domain.name,
         uuid=domain.uuid,
         running=domain.number > 0,
@@ -260,7 +260,7 @@ def _of(domain: FoundDomain, vm: LibvirtVm | None, passed: str) -> _Domain:
     )
 
 
-def _line(each: _Domain) -> str:
+def _line(each: _ShownDomain) -> str:
     if each.problem:
         return f"{each.domain}: {each.problem}"
     called = "" if each.vm == each.domain else f" (called {each.vm})"

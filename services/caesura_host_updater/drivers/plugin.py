@@ -18,6 +18,7 @@ from msgspec.structs import fields
 
 from caesura.contract.names import InvalidName, check_name
 from caesura.runtime.errors import ConfigError
+from caesura_host_updater.drivers.diagnosis import Diagnosis
 from caesura_host_updater.drivers.port import KNOWN, Driver, DriverError, UnknownPlan, guard_plan
 from caesura_host_updater.inventory.kernel_options import KernelOptions
 from caesura_host_updater.inventory.vm_spec import VmSpec
@@ -91,6 +92,10 @@ class DriverPlugin(ABC, Generic[V, O]):
         ``known``: the names of the VMs that it does name.
         """
         return (), {}
+
+    def diagnose(self, setup: DriverSetup[V, O]) -> Iterable[Diagnosis]:  # noqa: ARG002 - for subclasses
+        """What is wrong or missing on this host, each with its remedy; also what is well. Blocking; changes nothing."""
+        return ()
 
     @abstractmethod
     async def build(self, setup: DriverSetup[V, O]) -> Driver:

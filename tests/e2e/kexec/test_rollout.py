@@ -80,7 +80,11 @@ async def roll(stage: Any, hosts: Sequence[FleetHost], update: str, release: str
         tries += 1
         begun = time.monotonic()
         rollout = await stage.roll(
-            update, selection=m.Selection(hosts=tuple(left)), budget_s=30.0, verify_timeout_s=600.0
+            update,
+            selection=m.Selection(hosts=tuple(left)),
+            budget_s=30.0,
+            verify_timeout_s=600.0,
+            on_unsynced="proceed",
         )
         state = await stage.ended(rollout, timeout_s=len(left) * _PATIENCE_S)
         print(f"\n{update}: {state.status} {state.codes} {state.reason} in {time.monotonic() - begun:.0f} s")
@@ -95,7 +99,7 @@ async def roll(stage: Any, hosts: Sequence[FleetHost], update: str, release: str
                 assert tries < _TRIES, report.reason
                 continue
             assert report.status == "completed" or set(report.codes) == {"pause_over_budget"}, report
-            assert await asyncio.to_thread(host.machine.run, "uname -r") == release
+            assert (await asyncio.to_thread(host.machine.run, "uname -r")).strip() == release
             del left[report.host]
         if state.status == "completed":
             assert not left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -174,3 +175,17 @@ async def test_domains_come_and_go_and_are_labelled(fleet: Any) -> None:
     await until(lambda: _vm(fleet, "host-1", "other") is not None, 10, "it has a name of its own")
     first.virsh("undefine", "new-one")
     await until(lambda: _vm(fleet, "host-1", "new-one") is None, 10, "the one that was undefined is gone")
+
+
+async def test_the_doctor_looks_at_each_domain(fleet: Any) -> None:
+    first = fleet.daemons[0]
+    first.define("no.label")
+    _, own = fleet.sandbox.environments["host-1"]
+    process = await asyncio.create_subprocess_exec(
+        "caesura", "doctor", "--no-broker", env={**os.environ, **own}, stdout=subprocess.PIPE
+    )
+    output = (await process.communicate())[0].decode()
+    assert process.returncode == 0, output
+    assert "ok       web-1 is resumed by libvirt, and" in output
+    assert "no-label (no.label) is in no set" in output
+    assert "web-1 has no guest agent" in output

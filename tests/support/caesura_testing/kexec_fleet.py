@@ -72,7 +72,7 @@ class FleetHost:
             # Neither an init in its initramfs nor a root file system: it panics before the hook runs.
             "kernel-panic": (self.image.new, ("rdinit=/none", "root=/dev/none", "init=/none")),
             "kernel-stuck": (self.image.new, ("init=/opt/rig/stuck-init",)),
-            "kernel-crash": (self.image.new, ("crashkernel=192M", "init=/opt/rig/crash-init")),
+            "kernel-crash": (self.image.new, ("crashkernel=384M", "init=/opt/rig/crash-init")),
             # The carve-out's memory becomes ordinary memory (kernel-parameters.txt: memmap=nn%ss-oldtype+newtype).
             "kernel-without": (self.image.new, (f"memmap={size}%{start}-12+1",)),
         }

@@ -410,6 +410,7 @@ def _make(system: Path, making: Path, made: Path) -> None:
     for release in releases:
         _run("chroot", str(tree), "update-initramfs", "-c", "-k", release)
     _prepare(tree)
+    _late_initramfs(tree, old, new)
     boot = made / "boot"
     boot.mkdir()
     for release in (old, new):
@@ -421,6 +422,19 @@ def _make(system: Path, making: Path, made: Path) -> None:
     _run("mke2fs", "-q", "-t", "ext4", "-E", "lazy_itable_init=1", "-d", str(tree), str(part))
     part.rename(made / "root.img")
     (made / "image.json").write_text(json.dumps({"old": old, "new": new}))
+
+
+def _late_initramfs(tree: Path, old: str, new: str) -> None:
+    """``/boot/late-NEW``: an initramfs that leaves the guests to the unit, and loads the old kernel for a crash until then."""
+    settings, initrd = tree / "etc/caesura/initramfs.conf", tree / f"boot/initrd.img-{new}"
+    early, kept = settings.read_text(), initrd.read_bytes()
+    settings.write_text(
+        early.replace("EARLY=yes", "EARLY=no").replace("CRASH_RELEASE=", f"CRASH_RELEASE={old}")
+    )
+    _run("chroot", str(tree), "update-initramfs", "-u", "-k", new)
+    initrd.rename(tree / f"boot/late-{new}")
+    settings.write_text(early)
+    initrd.write_bytes(kept)
 
 
 def _prepare(tree: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from caesura.contract.names import InvalidName, check_name
 from caesura_host_updater.drivers.container.definition import ContainerOptions, ContainerVm, vms_of
+from caesura_host_updater.drivers.container.diagnosis import diagnose
+from caesura_host_updater.drivers.diagnosis import Diagnosis
 from caesura_host_updater.drivers.plugin import DriverPlugin, DriverSetup
 from caesura_host_updater.drivers.port import Driver
 from caesura_vmcontrol import container_engine
@@ -48,6 +50,10 @@ class ContainerPlugin(DriverPlugin[ContainerVm, ContainerOptions]):
             else:
                 usable.append(vm)
         return tuple(usable), wrong
+
+    def diagnose(self, setup: DriverSetup[ContainerVm, ContainerOptions]) -> Iterable[Diagnosis]:
+        """The engine, live-restore, the containers and their freezers."""
+        return diagnose(setup.vms, setup.options)
 
     async def build(self, setup: DriverSetup[ContainerVm, ContainerOptions]) -> Driver:
         """Does not ask the engine yet."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterable
 
-from caesura_host_updater.drivers.libvirt.definition import LibvirtOptions, LibvirtVm, usual_sockets
+from caesura_host_updater.drivers.diagnosis import Diagnosis
+from caesura_host_updater.drivers.libvirt.definition import LibvirtOptions, LibvirtVm
+from caesura_host_updater.drivers.libvirt.diagnosis import diagnose, sockets_of
 from caesura_host_updater.drivers.plugin import DriverPlugin, DriverSetup
 from caesura_host_updater.drivers.port import Driver
 
@@ -25,10 +27,12 @@ class LibvirtPlugin(DriverPlugin[LibvirtVm, LibvirtOptions]):
             f" `caesura libvirt label {vm.name} --set {vm.set or 'SET'} --update-domain {vm.update_domain or 0}`"
         )
 
+    def diagnose(self, setup: DriverSetup[LibvirtVm, LibvirtOptions]) -> Iterable[Diagnosis]:
+        """The binding, the daemon, rights, labels, ways out, agents."""
+        return diagnose(setup.options, setup.environ)
+
     async def build(self, setup: DriverSetup[LibvirtVm, LibvirtOptions]) -> Driver:
         """Does not connect yet."""
         from caesura_host_updater.drivers.libvirt.driver import LibvirtDriver  # noqa: PLC0415
 
-        options = setup.options
-        usual = usual_sockets(options.uri, setup.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}")
-        return LibvirtDriver(options, (options.socket,) if options.socket else usual, setup.state_dir)
+        return LibvirtDriver(setup.options, sockets_of(setup.options, setup.environ), setup.state_dir)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
 from caesura.runtime.logs import get_logger
+from caesura_host_updater.drivers.diagnosis import Diagnosis
 from caesura_host_updater.drivers.plugin import DriverPlugin, DriverSetup
 from caesura_host_updater.drivers.port import Driver
 from caesura_host_updater.drivers.qemu.accel import Accelerator, find_accelerator
 from caesura_host_updater.drivers.qemu.definition import QemuOptions, QemuVm, vm_error
+from caesura_host_updater.drivers.qemu.diagnosis import diagnose
 from caesura_host_updater.drivers.qemu.discovery import unnamed_vms
 from caesura_host_updater.inventory.kernel_options import KernelOptions
 
@@ -52,6 +54,10 @@ class QemuPlugin(DriverPlugin[QemuVm, QemuOptions]):
     ) -> tuple[tuple[QemuVm, ...], Mapping[str, str]]:
         """See ``discovery``."""
         return unnamed_vms(options.discover, known)
+
+    def diagnose(self, setup: DriverSetup[QemuVm, QemuOptions]) -> Iterable[Diagnosis]:
+        """The binary, KVM, folders, disks."""
+        return diagnose(setup.vms, setup.options, ram_dir(setup.options, setup.kernel))
 
     async def build(self, setup: DriverSetup[QemuVm, QemuOptions]) -> Driver:
         """Finds the accelerator first, which may boot a kernel."""

@@ -1,0 +1,136 @@
+"""What the pause of guests consists of while their host's kernel is replaced: one run on a host in emulation, in shares.
+
+    python benchmarks/kexec.py
+    python benchmarks/kexec.py --json
+
+The seconds are those of QEMU TCG on this machine and say nothing of a real host (for which there is `caesura host rehearse-kexec`); the shares
+say what there is to be gained where. Needs what `./check kexec` needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from caesura.contract import messages as m
+from caesura_ctl.session import connect, new_request_id
+from caesura_ctl.settings import CtlSettings
+from caesura_testing.broker import mosquitto
+from caesura_testing.kexec_fleet import FleetHost
+from caesura_testing.kexec_host import CONSOLE, Line, beats, longest_silence, running
+from caesura_testing.kexec_image import Image, NoImage, build, missing
+from caesura_testing.sandbox import Sandbox
+
+_PATIENCE_S = 900.0
+_MARKS = (
+    ("kernel", r"\] Linux version "),
+    ("initramfs", r"^Loading, please wait"),
+    ("guard's Python", r"caesura: guard begins"),
+    ("QEMU start, load, cont", r"arrival\.clock_set|arrival\.clock_not_set"),
+)
+"""A share, and the line of the console with which it begins."""
+
+
+def shares(console: list[Line], stopped: float, resumed: float) -> dict[str, float]:
+    """Seconds of each part of a pause, in order, from what a host's console said and when. Pure.
+
+    Args:
+        stopped: the last instant at which a guest was seen to run before.
+        resumed: the first one after.
+    """
+    within = [line for line in console if stopped <= line.at <= resumed]
+    marks = [("save, leave, jump", stopped)]
+    for name, pattern in _MARKS:
+        at = next((line.at for line in within if re.search(pattern, line.text)), None)
+        if at is not None:
+            marks.append((name, at))
+    ends = [*(at for _, at in marks[1:]), resumed]
+    return {name: end - at for (name, at), end in zip(marks, ends, strict=True)}
+
+
+async def run(image: Image) -> dict[str, object]:
+    """One host, two guests, the old kernel to the new one."""
+    with tempfile.TemporaryDirectory(prefix="ck-", dir="/tmp") as name:
+        folder = Path(name)
+        (folder / "broker").mkdir()
+        async with mosquitto(folder / "broker") as broker, Sandbox(broker) as sandbox:
+            host = FleetHost("host-1", image, folder / "h", domain=0)
+            async with connect(CtlSettings(broker_url=broker.url, client="benchmark")) as session:
+                sandbox.coordinator()
+                with running(host.machine):
+                    await sandbox.start("coordinator")
+                    await asyncio.to_thread(host.prepare, urlsplit(broker.url).port or 1883)
+                    await sandbox.until(
+                        lambda: host.ready(session.fleet_view), _PATIENCE_S, "host and guests"
+                    )
+                    await asyncio.to_thread(host.until_guests_beat)
+                    answer = await session.ask(
+                        m.RolloutRequested(
+                            request=new_request_id(),
+                            update="kernel-new",
+                            selection=m.Selection(),
+                            policy=m.Policy(
+                                notice_s=1.0, budget_s=30.0, verify_timeout_s=600.0, on_unsynced="proceed"
+                            ),
+                            limits=m.Limits(),
+                        )
+                    )
+                    if not answer.accepted:
+                        raise NoImage(answer.reason)
+                    await sandbox.until(
+                        lambda: session.fleet_view.rollouts[answer.rollout].status in ("completed", "halted"),
+                        _PATIENCE_S,
+                        "the rollout",
+                    )
+                    state = session.fleet_view.rollouts[answer.rollout]
+                    line = next(iter(host.guests.values()))
+                    before, after = longest_silence(beats(host.machine.lines(line)))
+                    parts = shares(host.machine.lines(CONSOLE), before.at, after.at)
+    pause_s = after.at - before.at
+    return {
+        "from": image.old,
+        "to": image.new,
+        "status": state.status,
+        "codes": list(state.codes),
+        "pause_s": round(pause_s, 2),
+        "seconds": {name: round(seconds, 2) for name, seconds in parts.items()},
+        "shares": {name: round(seconds / pause_s, 3) for name, seconds in parts.items()},
+    }
+
+
+def main() -> int:
+    """Print it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    if why := missing():
+        print(f"kexec: {why}", file=sys.stderr)
+        return 2
+    try:
+        found = asyncio.run(run(build(uv=os.environ.get("UV", "uv"))))
+    except (NoImage, AssertionError) as error:
+        print(f"kexec: {error}", file=sys.stderr)
+        return 1
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    print(f"{found['from']} -> {found['to']}: {found['status']} {found['codes']}, pause {found['pause_s']} s")
+    seconds, parts = found["seconds"], found["shares"]
+    assert isinstance(seconds, dict)
+    assert isinstance(parts, dict)
+    for name, share in parts.items():
+        print(f"  {name:<24} {seconds[name]:6.2f} s  {share:6.1%}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""What a service on this host says of itself at ``/ready``, and what the kernel says of this host's time. Blocking."""
+
+from __future__ import annotations
+
+import ctypes
+import http.client
+import json
+import socket
+
+from caesura.runtime.listen import parse_listen
+
+_TIME_ERROR = 5
+"""adjtimex(2): the clock is not synchronised."""
+_TIMEX_BYTES = 256  # struct timex has 208 on 64-bit Linux; modes = 0, its first field, only reads
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def ask_ready(listen: str, timeout_s: float) -> dict[str, str]:
+    """What is wrong, by the names of the service's pings; nothing: it is ready.
+
+    Args:
+        listen: its health listener, as in its settings.
+
+    Raises:
+        OSError: it does not answer.
+    """
+    place = parse_listen(listen)
+    connection = (
+        _UnixConnection(place, timeout_s)
+        if isinstance(place, str)
+        else http.client.HTTPConnection(*place, timeout=timeout_s)
+    )
+    try:
+        connection.request("GET", "/ready")
+        answer = connection.getresponse()
+        body = answer.read(1 << 20)
+    except http.client.HTTPException as error:
+        raise OSError(f"what listens there does not speak HTTP: {error!r}") from error
+    finally:
+        connection.close()
+    if answer.status == 200:
+        return {}
+    try:
+        wrong = json.loads(body)["wrong"]
+        return {str(name): str(why) for name, why in wrong.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {"ready": f"it answers {answer.status}"}
+
+
+def is_synchronised() -> bool:
+    """Whether a time service keeps this host's clock, as far as the kernel knows (adjtimex(2))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    return 0 <= int(libc.adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES))) < _TIME_ERROR

@@ -14,7 +14,7 @@ try:
     from contextlib import suppress
     from typing import get_args
 
-    from caesura_pause_guard.arrival import arrive, examine, out_of_reach, rehearse
+    from caesura_pause_guard.arrival import Examination, arrive
     from caesura_pause_guard.output import Output
     from caesura_pause_guard.server import AlreadyRunning, GuardServer
     from caesura_vmcontrol.intent import IntentFile, UnreadableIntent
@@ -78,7 +78,8 @@ def _serve(argv: Sequence[str] | None) -> int:
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         store = IntentFile(folder)
-        watch = Watchdog(store, log)
+        examination = Examination(folder, log)
+        watch = Watchdog(store, log, release=examination.release)
         notifier = Notifier.taken_from(os.environ)
         server = GuardServer(
             folder, watch, log, exit_when_alone_s=arguments.exit_when_alone, notifier=notifier
@@ -95,10 +96,7 @@ def _serve(argv: Sequence[str] | None) -> int:
         # Its VMs are not gone with that boot: their memory is in the carve-out, their state in files.
         log("guard.intent_of_a_left_kernel", operation=found.operation)
         try:
-            arrival = examine(found, folder, "guard", log)
-            if found.kernel_change.rehearsal:
-                rehearse(arrival, log)
-            found.plans = tuple(plan for plan in found.plans if not out_of_reach(found, plan))
+            examination.begin(found)
             store.store(found)
         except OSError as error:
             log("guard.arrival_not_recorded", why=str(error))

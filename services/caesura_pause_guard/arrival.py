@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-import platform
 import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Literal
 
@@ -26,13 +25,13 @@ from caesura_vmcontrol.durable_files import give_to_owner, sync_folder
 from caesura_vmcontrol.hardware_watchdog import HardwareWatchdog
 from caesura_vmcontrol.intent import Intent, IntentFile, UnreadableIntent
 from caesura_vmcontrol.kernel_change import Arrival, By, HostClock, KernelChange, Left, VmArrival
-from caesura_vmcontrol.procfs import Process, boot_id
+from caesura_vmcontrol.procfs import boot_id
 from caesura_vmcontrol.qemu_control import condition, thaw
 from caesura_vmcontrol.qemu_plans import ReplacePlan
 from caesura_vmcontrol.ram_places import RamIdentity, carve_out_error, find_error
 from caesura_vmcontrol.resume_plans import ResumePlan
-from caesura_vmcontrol.vm_control import thaw as resume
-from caesura_vmcontrol.watchdog import Log
+
+Log = Callable[..., None]
 
 ALL_RUN, UNUSABLE, UNREADABLE, UNDECIDED, LOST = 0, 1, 3, 4, 5
 """Exit codes of ``--arrive``."""
@@ -121,39 +120,6 @@ def examine(intent: Intent, folder: str, by: By, log: Log) -> Arrival:
     return arrival
 
 
-class Examination:
-    """The ordinary guard's, where neither the initramfs nor a unit has resumed the guests. Again before each try, until it succeeds.
-
-    A full disk, or a carve-out that does not answer, must not keep guests in their files when it is mended.
-    """
-
-    def __init__(self, folder: str, log: Log) -> None:
-        self._folder = folder
-        self._log = log
-        self._open: Intent | None = None
-        self._lock = threading.Lock()
-
-    def begin(self, intent: Intent) -> None:
-        """At the guard's start, with an intent of another boot. Raises OSError: it is tried again before guests are resumed."""
-        self._open = intent
-        arrival = self._examine(intent)
-        if intent.kernel_change is not None and intent.kernel_change.rehearsal:
-            rehearse(arrival, self._log)
-        intent.plans = tuple(plan for plan in intent.plans if not out_of_reach(intent, plan))
-
-    def _examine(self, intent: Intent) -> Arrival:
-        arrival = examine(intent, self._folder, "guard", self._log)
-        self._open = None
-        return arrival
-
-    def release(self, plan: ResumePlan, table: Mapping[int, Process] | None) -> None:
-        """As ``vm_control.thaw``; called in several threads."""
-        with self._lock:
-            if self._open is not None and isinstance(plan, ReplacePlan):
-                self._examine(self._open)
-        resume(plan, table)
-
-
 def out_of_reach(intent: Intent, plan: ResumePlan) -> bool:
     """Whether nothing can be done for a guest that is lost: what would be asked about it is in a carve-out that is not there."""
     arrival = intent.kernel_change.arrival if intent.kernel_change is not None else None
@@ -171,7 +137,7 @@ def _begin(change: KernelChange, by: By, log: Log) -> Arrival:
         clock, elapsed_s = _set_clock(left, log)
         up_s = time.clock_gettime(time.CLOCK_BOOTTIME)
         phases = {"jump": elapsed_s - up_s, "boot": up_s}
-    change.arrival = Arrival(boot_id(), platform.release(), by, clock, time.time(), phases=phases)
+    change.arrival = Arrival(boot_id(), os.uname().release, by, clock, time.time(), phases=phases)
     return change.arrival
 
 

@@ -8,21 +8,16 @@ from __future__ import annotations
 import sys
 
 try:
-    import argparse
     import os
     from collections.abc import Sequence
     from contextlib import suppress
     from typing import get_args
 
-    from caesura_pause_guard.arrival import arrive, examine, out_of_reach, rehearse
+    from caesura_pause_guard.arrival import arrive
     from caesura_pause_guard.output import Output
-    from caesura_pause_guard.server import AlreadyRunning, GuardServer
     from caesura_vmcontrol.intent import IntentFile, UnreadableIntent
     from caesura_vmcontrol.kernel_change import By
-    from caesura_vmcontrol.notify import Notifier
-    from caesura_vmcontrol.orphaned_pauses import marked_and_paused
     from caesura_vmcontrol.procfs import boot_id
-    from caesura_vmcontrol.watchdog import Watchdog
 except KeyboardInterrupt:  # as caesura.runtime.interrupt, which the guard may not import
     sys.exit(130)
 
@@ -34,14 +29,38 @@ log = _output.log
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM, or with ``--arrive`` resume what another boot left. For exit codes see the help."""
     try:
-        return _serve(argv)
+        words = tuple(sys.argv[1:] if argv is None else argv)
+        if (known := _arrival_in(words)) is not None:
+            return _arrive(*known)
+        return _serve(words)
     except KeyboardInterrupt:  # before the server handled the signal
         return 130
     finally:
         _output.flush()
 
 
-def _serve(argv: Sequence[str] | None) -> int:
+_BY: tuple[By, ...] = tuple(each for each in get_args(By) if each != "guard")
+
+
+def _arrival_in(words: Sequence[str]) -> tuple[str, By] | None:
+    """The state folder, and who runs it, of a command line as our own hook and unit have it; None: argparse shall look at it."""
+    values = dict(zip(words[1::2], words[2::2], strict=False))
+    if len(words) != 5 or words[0] != "--arrive" or values.keys() != {"--by", "--state-dir"}:
+        return None
+    by = next((each for each in _BY if each == values["--by"]), None)
+    return None if by is None else (os.path.abspath(values["--state-dir"]), by)
+
+
+def _serve(argv: Sequence[str]) -> int:
+    # Guests are paused while an arrival starts, and it needs none of this.
+    import argparse  # noqa: PLC0415
+
+    from caesura_pause_guard.examination import Examination  # noqa: PLC0415
+    from caesura_pause_guard.server import AlreadyRunning, GuardServer  # noqa: PLC0415
+    from caesura_vmcontrol.notify import Notifier  # noqa: PLC0415
+    from caesura_vmcontrol.orphaned_pauses import marked_and_paused  # noqa: PLC0415
+    from caesura_vmcontrol.watchdog import Watchdog  # noqa: PLC0415
+
     parser = argparse.ArgumentParser(
         prog="caesura-pause-guard",
         description="Resumes paused VMs when the host updater cannot: at the deadline, or when it is gone.",
@@ -61,7 +80,7 @@ def _serve(argv: Sequence[str] | None) -> int:
     )
     parser.add_argument(
         "--by",
-        choices=[each for each in get_args(By) if each != "guard"],
+        choices=_BY,
         default="unit",
         help="with --arrive: what runs it, for the report (default: unit)",
     )
@@ -78,7 +97,8 @@ def _serve(argv: Sequence[str] | None) -> int:
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         store = IntentFile(folder)
-        watch = Watchdog(store, log)
+        examination = Examination(folder, log)
+        watch = Watchdog(store, log, release=examination.release)
         notifier = Notifier.taken_from(os.environ)
         server = GuardServer(
             folder, watch, log, exit_when_alone_s=arguments.exit_when_alone, notifier=notifier
@@ -95,10 +115,7 @@ def _serve(argv: Sequence[str] | None) -> int:
         # Its VMs are not gone with that boot: their memory is in the carve-out, their state in files.
         log("guard.intent_of_a_left_kernel", operation=found.operation)
         try:
-            arrival = examine(found, folder, "guard", log)
-            if found.kernel_change.rehearsal:
-                rehearse(arrival, log)
-            found.plans = tuple(plan for plan in found.plans if not out_of_reach(found, plan))
+            examination.begin(found)
             store.store(found)
         except OSError as error:
             log("guard.arrival_not_recorded", why=str(error))

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-import platform
 import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Literal
 
@@ -31,7 +30,8 @@ from caesura_vmcontrol.qemu_control import condition, thaw
 from caesura_vmcontrol.qemu_plans import ReplacePlan
 from caesura_vmcontrol.ram_places import RamIdentity, carve_out_error, find_error
 from caesura_vmcontrol.resume_plans import ResumePlan
-from caesura_vmcontrol.watchdog import Log
+
+Log = Callable[..., None]
 
 ALL_RUN, UNUSABLE, UNREADABLE, UNDECIDED, LOST = 0, 1, 3, 4, 5
 """Exit codes of ``--arrive``."""
@@ -137,7 +137,7 @@ def _begin(change: KernelChange, by: By, log: Log) -> Arrival:
         clock, elapsed_s = _set_clock(left, log)
         up_s = time.clock_gettime(time.CLOCK_BOOTTIME)
         phases = {"jump": elapsed_s - up_s, "boot": up_s}
-    change.arrival = Arrival(boot_id(), platform.release(), by, clock, time.time(), phases=phases)
+    change.arrival = Arrival(boot_id(), os.uname().release, by, clock, time.time(), phases=phases)
     return change.arrival
 
 

@@ -48,7 +48,7 @@ class Witness:
 @pytest.fixture(scope="session")
 def daemons() -> Iterator[tuple[LibvirtDaemon, LibvirtDaemon]]:
     if not libvirt_installed():
-        pytest.skip("libvirtd, virsh, QEMU or python3-libvirt is not installed")
+        pytest.skip("libvirtd, virsh or QEMU is missing, or a python3-libvirt for this Python")
     with libvirt_daemon() as first, libvirt_daemon() as second:
         yield first, second
 

@@ -74,7 +74,7 @@ async def test_an_updater_that_is_killed_in_the_pause_leaves_its_domains_to_the_
             os.kill(pid, signal.SIGCONT)
         elif daemon_state == "dead":
             first.start()
-    assert first.state("web-1") == "running"
+    await sandbox.until(lambda: first.state("web-1") == "running", 20, "libvirt knows that it runs")
     await sandbox.start("host-1")
     state = await fleet.ended(rollout)
     assert state.status == "halted"

@@ -12,7 +12,9 @@ from caesura_testing.libvirt_daemons import LibvirtDaemon, libvirt_daemon, libvi
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Without libvirt there is nothing to test."""
     if not libvirt_installed():
-        skip = pytest.mark.skip(reason="libvirtd, virsh, QEMU or python3-libvirt is not installed")
+        skip = pytest.mark.skip(
+            reason="libvirtd, virsh or QEMU is missing, or a python3-libvirt for this Python"
+        )
         for item in items:
             if "/integration/libvirt/" in str(item.path):
                 item.add_marker(skip)

@@ -74,7 +74,8 @@ async def test_a_daemon_that_was_killed_in_the_pause(
     assert condition(plan) == "frozen"
     _thawed(plan)
     daemon.start()
-    assert daemon.state(vm) == "running"
+    # It has what it wrote down until it has asked QEMU.
+    _until(lambda: daemon.state(vm) == "running", "libvirt does not notice that it runs")
     assert await driver.resume(vm, patient(5)) == "running"
 
 

@@ -448,3 +448,23 @@ def test_the_ordinary_guard_ends_a_rehearsal_where_nobody_did(host: Host) -> Non
     finally:
         guard.kill()
         guard.wait()
+
+
+def test_the_ordinary_guard_examines_again_what_it_could_not_at_its_start(host: Host) -> None:
+    """The boot cannot be counted, as on a disk that is full; then it can."""
+    boot_file = host.state_dir.parent / "boot"
+    boot_file.write_text(NEXT_BOOT)
+    in_the_way = host.carve_out / "boot-counter.json.new"
+    in_the_way.mkdir()
+    argv = [sys.executable, "-c", AS_ANOTHER_BOOT, str(boot_file), "", "--state-dir", str(host.state_dir)]
+    log = host.state_dir.parent / "log"
+    with log.open("wb") as file:
+        guard = subprocess.Popen(argv, stderr=file)
+    try:
+        wait(lambda: b"guard.resume_failed" in log.read_bytes(), "a try that fails")
+        assert not host.processes()
+        in_the_way.rmdir()
+        wait(host.runs, "the guest to run")
+    finally:
+        guard.kill()
+        guard.wait()

@@ -6,11 +6,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from caesura_host_updater.drivers.qemu import driver as driver_module
 from caesura_host_updater.drivers.qemu import kexec_obstacles
 from caesura_host_updater.drivers.qemu.definition import Definition
+from caesura_host_updater.drivers.qemu.process_records import Records
 from caesura_host_updater.inventory.kernel_options import KernelOptions
 from caesura_pause_guard import arrival
 from caesura_vmcontrol import boot_counters, procfs
@@ -26,7 +28,11 @@ async def test_off_by_default_and_the_reason_says_how_to_switch_it_on(rig: Any) 
     assert driver.capabilities("a").missing["kexec"] == kexec_obstacles.OFF
 
 
-async def test_another_boot_has_the_guest(rig: Any, tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("same_pid", [False, True])
+async def test_another_boot_has_the_guest(
+    rig: Any, tools: Any, monkeypatch: pytest.MonkeyPatch, *, same_pid: bool
+) -> None:
+    """A boot is much like another: the guest's process may well have the pid that it had in the former one."""
     carve_out = rig.folder / "carve-out"
     kernel = KernelOptions(kexec=True, carve_out=str(carve_out), early=False)
     real = driver_module.QemuDriver
@@ -53,6 +59,11 @@ async def test_another_boot_has_the_guest(rig: Any, tools: Any, monkeypatch: pyt
     next_boot.write_text("bbbbbbbb-0000-4000-8000-000000000002")  # noqa: ASYNC240
     monkeypatch.setattr(procfs, "BOOT_ID", str(next_boot))
     assert arrival.arrive(str(state_dir), "initramfs", lambda *_, **__: None) == 0
+    if same_pid:
+        records = Records(state_dir / "vms")
+        former = records.read("a")
+        assert former is not None
+        records.write("a", msgspec.structs.replace(former, pid=rig.processes()[0]))
     driver = await rig.open({"a": SMALL}, ram_dir=f"{carve_out}/ram")
     assert driver.states() == {"a": "running"}
     await rig.only(tools.pid_of(driver, "a"))

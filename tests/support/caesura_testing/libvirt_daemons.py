@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from caesura_host_updater.drivers.libvirt.binding import NoBinding, load_binding
 from caesura_testing.patience import patient
 
 _START_S = 30.0
@@ -42,12 +43,15 @@ _QEMU_NAMESPACE = " xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'"
 
 
 def libvirt_installed() -> bool:
-    """Whether libvirtd, its log daemon, QEMU and the Python binding of the distribution are here."""
-    programs = ("libvirtd", "virtlogd", "virsh", "qemu-system-x86_64")
-    return (
-        all(shutil.which(name, path=_PATH) for name in programs)
-        and Path("/usr/lib/python3/dist-packages/libvirt.py").exists()
-    )
+    """Whether libvirtd, its log daemon and QEMU are here, and a Python binding that this Python can load."""
+    programs = ("libvirtd", "virtlogd", "virsh", "setpriv", "qemu-system-x86_64")
+    if not all(shutil.which(name, path=_PATH) for name in programs):
+        return False
+    try:
+        load_binding("")
+    except NoBinding:
+        return False
+    return True
 
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

@@ -60,3 +60,29 @@ def test_only_an_intent_of_this_boot_is_carried_out(
     assert _state(stopped) == "T", "a process of this boot was signalled for an intent of another"
     assert not any(line["event"] == "guard.fired" for line in told)
     assert IntentFile(str(tmp_path)).load() is None, "it must not be found again"
+
+
+LATER = ("argparse", "caesura_pause_guard.server", "caesura_vmcontrol.watchdog")
+
+
+@pytest.mark.parametrize("words", [["--by", "unit", "--state-dir"], ["--state-dir"]])
+def test_an_arrival_imports_what_it_needs(words: list[str], tmp_path: Path) -> None:
+    """Guests are paused meanwhile, on a host whose caches are cold; with other words it works as well."""
+    say = "import sys; from caesura_pause_guard.__main__ import main; code = main(sys.argv[1:]); print(*sys.modules); sys.exit(code)"
+    argv = ["--arrive", *words, str(tmp_path)]
+    argv += [] if "--by" in words else ["--by", "initramfs"]
+    done = subprocess.run([sys.executable, "-c", say, *argv], capture_output=True, text=True, check=True)
+    assert not set(LATER) & set(done.stdout.split())
+    other = [sys.executable, "-m", "caesura_pause_guard", "--arrive", f"--state-dir={tmp_path}"]
+    assert subprocess.run(other, check=False, capture_output=True).returncode == 0
+    bad = [
+        sys.executable,
+        "-m",
+        "caesura_pause_guard",
+        "--arrive",
+        "--state-dir",
+        str(tmp_path),
+        "--by",
+        "me",
+    ]
+    assert subprocess.run(bad, check=False, capture_output=True).returncode == 2

@@ -176,6 +176,8 @@ def world(patch: pytest.MonkeyPatch, folder: Path) -> World:
     )
     claims.claim(plan.claims, 1, f"file:{len(STATE)}:{hashlib.sha256(STATE).hexdigest()}")
     made = World(folder, plan)
+    patch.setattr(claims, "retry_in_s", lambda _: 0.0)  # waits are of no interest here
+    patch.setattr(replacing, "_TOTAL_S", 60.0)
     for name, other in {
         "alive": made.is_alive,
         "started": made.started,
@@ -212,7 +214,7 @@ EVENTS = st.one_of(
 @example([("recover", 12), ("boot with a stranger", 0)])
 @example([("leave", 0), ("boot with a stranger", 0), ("admit", 0), ("recover", 12), ("boot", 0)])
 @given(st.lists(EVENTS, max_size=14))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=list(HealthCheck), max_examples=60)
 def test_at_most_one_process_ever_runs_the_guest(
     patched: pytest.MonkeyPatch, events: list[tuple[str, int]]
 ) -> None:

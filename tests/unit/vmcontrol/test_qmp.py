@@ -16,8 +16,10 @@ import pytest
 
 from caesura_testing.patience import patient
 from caesura_vmcontrol.procfs import read_process
+from caesura_vmcontrol.qemu_plans import QemuPlan, Vmm
 from caesura_vmcontrol.qmp import PeerMismatch, Qmp, QmpClosed, QmpError, QmpNoAnswer, QmpRefused
 from caesura_vmcontrol.qmp_commands import NotRunning, look, make_run
+from caesura_vmcontrol.vm_control import thaw
 
 GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}}, "capabilities": ["oob"]}}
 
@@ -279,6 +281,15 @@ def test_once_waits_for_no_snapshot_and_no_migration_and_resumes_neither(peer: P
     with Qmp(peer.path, os.getpid(), within(5)) as qmp, pytest.raises(NotRunning, match=state):
         make_run(qmp, within(5), ours=False, stopped=True, once=True)
     assert _commands(peer) == ["query-status"]
+
+
+def test_the_way_out_of_a_plain_stop_leaves_the_socket_after_one_try(peer: Peer) -> None:
+    own = read_process(os.getpid())
+    assert own is not None
+    _states(peer, "paused")
+    with pytest.raises(NotRunning):
+        thaw(QemuPlan("vm", Vmm(own.pid, own.start_ticks, peer.path)))
+    assert _commands(peer) == ["query-status", "cont", "query-status"]
 
 
 def test_a_guest_whose_snapshot_is_being_taken_is_held_and_not_resumed(peer: Peer) -> None:

@@ -304,9 +304,9 @@ async def test_vms_are_found_named_changed_and_lost(driver: ProxmoxDriver, node:
 async def test_only_tagged_ones(node: ProxmoxNode) -> None:
     for vmid, tags in ((100, ("web",)), (101, ("caesura",)), (102, ())):
         node.config(vmid, tags=tags)
-    driver = ProxmoxDriver(options_of(node, vms="tagged"))
+    driver = ProxmoxDriver(options_of(node, vms="tagged", prefix="east-"))
     await driver.open()
-    assert [vm.name for vm in driver.members()] == ["vm-101"]
+    assert [vm.name for vm in driver.members()] == ["east-101"]
     await driver.close(stop_vms=False)
 
 

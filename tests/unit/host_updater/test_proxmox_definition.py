@@ -62,14 +62,14 @@ template: 1
 
 
 def test_a_plain_configuration() -> None:
-    vm = read_config(101, PLAIN)
+    vm = read_config(101, PLAIN, "vm-")
     assert (vm.name, vm.title, vm.called) == ("vm-101", "web", "VM 101 (web)")
     assert (vm.set, vm.update_domain, vm.fault_domain) == ("web", 3, 1)
     assert (vm.lock, vm.template, vm.guest_agent, vm.tag_error, vm.not_now) == ("", False, False, "", "")
 
 
 def test_comments_snapshots_and_pending_changes_are_not_in_force() -> None:
-    vm = read_config(102, EVERYTHING)
+    vm = read_config(102, EVERYTHING, "vm-")
     assert (vm.title, vm.set, vm.update_domain, vm.lock, vm.template) == ("db", "db", 0, "backup", False)
     assert vm.guest_agent
     assert "lock: backup" in vm.not_now
@@ -79,15 +79,15 @@ def test_comments_snapshots_and_pending_changes_are_not_in_force() -> None:
 
 @pytest.mark.parametrize("section", ["[snap]", "[PENDING]", "[special:fleecing]", "[what is this?]", "[a]  "])
 def test_a_lock_below_any_section_is_none(section: str) -> None:
-    assert read_config(100, f"name: a\n\n{section}\nlock: backup\n").lock == ""
-    assert read_config(100, f"lock: backup\n{section}\nname: a\n").lock == "backup"
+    assert read_config(100, f"name: a\n\n{section}\nlock: backup\n", "vm-").lock == ""
+    assert read_config(100, f"lock: backup\n{section}\nname: a\n", "vm-").lock == "backup"
 
 
 def test_a_template_and_one_without_a_name() -> None:
-    vm = read_config(100, "template: 1\nmemory: 512\n")
+    vm = read_config(100, "template: 1\nmemory: 512\n", "east-")
     assert vm.template
     assert "template" in vm.not_now
-    assert (vm.called, vm.title) == ("VM 100", "")
+    assert (vm.name, vm.called, vm.title) == ("east-100", "VM 100", "")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_template_and_one_without_a_name() -> None:
     ],
 )
 def test_the_guest_agent(value: str, enabled: bool) -> None:
-    assert read_config(100, f"agent: {value}\n").guest_agent is enabled
+    assert read_config(100, f"agent: {value}\n", "vm-").guest_agent is enabled
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_tags(tags: str, placement: Placement) -> None:
 def test_tags_with_a_mistake_are_named_and_the_vm_is_not_paused(tags: str, why: str) -> None:
     with pytest.raises(BadTags, match=why.replace("'", ".")):
         placement_of(tags_of({"tags": tags}))
-    vm = read_config(100, f"name: a\ntags: {tags}\n")
+    vm = read_config(100, f"name: a\ntags: {tags}\n", "vm-")
     assert why in vm.not_now
     assert "qm set 100 --tags" in vm.not_now
     assert (vm.set, vm.update_domain) == ("", None)
@@ -161,7 +161,7 @@ def test_which_are_tagged() -> None:
 
 @given(st.text())
 def test_no_text_is_an_error(text: str) -> None:
-    vm = read_config(100, text)
+    vm = read_config(100, text, "vm-")
     assert vm.name == "vm-100"
 
 
@@ -181,6 +181,7 @@ def test_places_and_processes() -> None:
     assert started_with(
         ["/usr/bin/kvm", "-id", "100", "-pidfile", "/run/100.pid", "-daemonize"], "/run/100.pid"
     )
+    assert started_with(["kvm", "-pidfile", "/run/qemu-server/100.pid"], "/var/run/qemu-server/100.pid")
     assert not started_with(["/usr/bin/kvm", "-pidfile", "/run/1000.pid"], "/run/100.pid")
     assert not started_with(["cat", "/run/100.pid"], "/run/100.pid")
 
@@ -190,5 +191,7 @@ def test_the_host_file_has_no_vms() -> None:
     assert parse_host_file(host, "host.toml").vm == ()
     with pytest.raises(HostFileError, match="caesura-set-web;caesura-ud-2"):
         parse_host_file(f'{host}[[vm]]\nname = "a"\nset = "web"\nupdate_domain = 2\n', "host.toml")
+    with pytest.raises(HostFileError, match="prefix"):
+        parse_host_file(f'{host}[proxmox]\nprefix = "_vm"\n', "host.toml")
     with pytest.raises(HostFileError, match="config_dir"):
         parse_host_file(f'{host}[proxmox]\nconfig_dir = "pve"\n', "host.toml")

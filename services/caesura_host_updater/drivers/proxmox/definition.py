@@ -40,6 +40,8 @@ class ProxmoxOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Where Proxmox has the sockets and the pid files of VMs that run."""
     vms: Literal["all", "tagged"] = "all"
     """Which are VMs for Caesura: all, or those with a tag that begins with ``caesura``."""
+    prefix: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,39}\Z")] = "vm-"
+    """Of a VM's name on the bus, before its id: two clusters may both have a VM 100."""
 
 
 class ProxmoxVm(VmSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -95,11 +97,6 @@ def lock_text(lock: str, vmid: int) -> str:
     )
 
 
-def vm_name(vmid: int) -> str:
-    """Of a VM on the bus: names may be shared in Proxmox, ids are not."""
-    return f"vm-{vmid}"
-
-
 def vmid_of(file: str) -> int | None:
     """Whose configuration a file is, by its name; None: nobody's."""
     match = _FILE.match(file)
@@ -118,8 +115,11 @@ def main_section(text: str) -> dict[str, str]:
     return found
 
 
-def read_config(vmid: int, text: str) -> ProxmoxVm:
-    """The VM that a configuration describes."""
+def read_config(vmid: int, text: str, prefix: str) -> ProxmoxVm:
+    """The VM that a configuration describes. Its name on the bus has its id: in Proxmox several VMs may have one name.
+
+    ``prefix``: of that name.
+    """
     keys = main_section(text)
     placement, wrong = Placement(), ""
     try:
@@ -127,7 +127,7 @@ def read_config(vmid: int, text: str) -> ProxmoxVm:
     except BadTags as error:
         wrong = f"its tags are wrong: {error}; mend them in Proxmox, or with `qm set {vmid} --tags`"
     return ProxmoxVm(
-        name=vm_name(vmid),
+        name=f"{prefix}{vmid}",
         set=placement.set,
         update_domain=placement.update_domain,
         fault_domain=placement.fault_domain,
@@ -213,4 +213,10 @@ def pid_file_of(run_dir: str, vmid: int) -> str:
 
 def started_with(arguments: Sequence[str], pid_file: str) -> bool:
     """Whether a process is the QEMU of a pid file: Proxmox's own rule, for a pid may have been given to another process since."""
-    return any(option == "-pidfile" and value == pid_file for option, value in pairwise(arguments))
+    wanted = _in_run(pid_file)
+    return any(option == "-pidfile" and _in_run(value) == wanted for option, value in pairwise(arguments))
+
+
+def _in_run(path: str) -> str:
+    """``/var/run`` is another name of ``/run``, and Proxmox means to use that one."""
+    return path.removeprefix("/var")

@@ -50,6 +50,8 @@ _KNOWN_S = 1.0  # s: how long an answer of a VM counts that is in no operation
 _CONFIG_S = 0.5  # s: for one configuration; below a millisecond is usual
 _STEP_S = 0.01  # s: between two looks at a VM that is to run
 _WORKERS = 16
+_MIGRATION = "migrate"
+"""The lock of a migration."""
 _REMEDY = "resume it with `qm resume {}`"
 _MISSING: Mapping[str, str] = {
     "swap": "its QEMU process belongs to Proxmox, whose tools would lose it if another one took its guest over",
@@ -245,6 +247,8 @@ class ProxmoxDriver:
         if plan is None or spec is None:
             return ""
         lock = f", locked by Proxmox ({spec.lock})" if spec.lock else ""
+        if spec.lock == _MIGRATION:
+            lock += f"; Proxmox leaves it paused on its new node if it was paused when that began: there, {_REMEDY.format(spec.vmid)}"
         return f"{spec.called}, pid {plan.vmm.pid}{lock}"
 
     # -- states -------------------------------------------------------------------------------------------

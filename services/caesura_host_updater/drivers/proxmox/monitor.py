@@ -7,6 +7,7 @@ drops those of a connection that has ended: once it answers again, none of our e
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
@@ -91,6 +92,8 @@ def stop_guest(plan: QemuPlan, until: float, give_up: Callable[[], bool]) -> Non
 
 def _connected(plan: QemuPlan, until: float) -> Qmp:
     vmm = plan.vmm
+    if not os.access(vmm.qmp, os.W_OK):
+        raise QmpNoAnswer(f"{vmm.qmp} is not there, or may not be used by this user")
     try:
         return reach(vmm.pid, vmm.start_ticks, [vmm.qmp], until)
     except QmpNoAnswer as error:

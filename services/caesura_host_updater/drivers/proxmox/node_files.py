@@ -65,7 +65,7 @@ def look_at_node(options: ProxmoxOptions, known: Callable[[str], QemuPlan | None
             continue
         if options.vms == "tagged" and not is_tagged(text):
             continue
-        vm = read_config(vmid, text)
+        vm = read_config(vmid, text, options.prefix)
         vms[vm.name] = vm
         plan = plan_of(vm, options.run_dir, known(vm.name))
         if plan is not None:
@@ -82,9 +82,10 @@ def read_now(options: ProxmoxOptions, vmid: int, patience_s: float) -> ProxmoxVm
     """
     file = Path(options.config_dir) / f"{vmid}.conf"
     try:
-        return read_config(vmid, within(patience_s, lambda: _text(file), key=("read", str(file))))
+        text = within(patience_s, lambda: _text(file), key=("read", str(file)))
     except FileNotFoundError:
         return None
+    return read_config(vmid, text, options.prefix)
 
 
 def _text(file: Path) -> str:

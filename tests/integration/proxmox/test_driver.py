@@ -271,6 +271,20 @@ async def test_a_vm_whose_configuration_went_to_another_node_in_the_pause(
     await until(lambda: not driver.members(), "it is no VM of this node any more", 2)
 
 
+async def test_a_vm_that_was_started_again_in_its_pause_has_ended(
+    driver: ProxmoxDriver, node: ProxmoxNode
+) -> None:
+    """Its memory is lost: it must not count as resumed."""
+    await driver.freeze("vm-100", freeze_deadline())
+    node.kill(100)
+    node.start(100)
+    await until(lambda: str(node.pid(100)) in driver.process_of("vm-100"), "the new process is noticed", 2)
+    assert (await driver.read_states())["vm-100"] == "stopped"
+    assert await driver.resume("vm-100", 5) == "gone"
+    await driver.release("vm-100")
+    assert (await driver.read_states())["vm-100"] == "running"
+
+
 async def test_vms_are_found_named_changed_and_lost(driver: ProxmoxDriver, node: ProxmoxNode) -> None:
     def vm(name: str) -> Any:
         return next((each for each in driver.members() if each.name == name), None)

@@ -88,6 +88,8 @@ class ProxmoxDriver:
         self._left: dict[str, str] = {}
         self._untouched: set[str] = set()
         """VMs that were to be paused, and to which nothing was done: if one is paused now, somebody else paused it."""
+        self._stopped: dict[str, QemuPlan] = {}
+        """The processes that were to be paused: another one that has the VM's id now was started in its pause."""
         self._ran: set[str] = set()
         """VMs that were seen to run since the driver was opened."""
         self._guests: dict[str, tuple[QemuPlan, float, GuestState | None]] = {}
@@ -217,6 +219,8 @@ class ProxmoxDriver:
         guest = self._guest(vm)
         if vm not in self._plans:
             why = "it does not run" if vm in self._here else _gone_text(spec)
+        elif self._is_another(vm):
+            why = "it ended in its pause and was started again"
         elif guest is None:
             why = _SILENT
         else:
@@ -311,6 +315,8 @@ class ProxmoxDriver:
         if vm not in self._plans:
             # Elsewhere it may run or be paused, which nobody here can know; `resume` names it.
             return "unknown" if vm in self._held and vm not in self._here else "stopped"
+        if self._is_another(vm):
+            return "stopped"
         guest = self._guest(vm)
         if guest is None:
             return "unknown"
@@ -319,6 +325,9 @@ class ProxmoxDriver:
         if guest.status in OVER or (guest.status in AWAY and vm not in self._held):
             return "stopped"
         return "paused"
+
+    def _is_another(self, vm: str) -> bool:
+        return vm in self._stopped and self._plans[vm] != self._stopped[vm]
 
     # -- freezing -----------------------------------------------------------------------------------------
 
@@ -332,6 +341,7 @@ class ProxmoxDriver:
         if vm in self._held:
             self._held.discard(vm)
             self._untouched.discard(vm)
+            self._stopped.pop(vm, None)
             self._left.pop(vm, None)
             self._change.set()
 
@@ -350,6 +360,7 @@ class ProxmoxDriver:
         self._left.pop(vm, None)
         self._untouched.add(vm)
         self._held.add(vm)
+        self._stopped[vm] = plan
         await in_thread_to_its_end(f"freeze {vm}", lambda stop: self._freeze(plan, spec.vmid, by, stop))
 
     def _freeze(self, plan: QemuPlan, vmid: int, by: float, stop: threading.Event) -> None:
@@ -405,6 +416,8 @@ class ProxmoxDriver:
                 return "gone"
             self._left[vm] = _gone_text(spec)
             return "left"
+        if self._is_another(vm):
+            return "gone"
         end = await in_thread(f"resume {vm}", partial(self._resume, plan, spec, time.monotonic() + timeout_s))
         if end == "running":
             self._guests[vm] = (plan, time.monotonic(), GuestState("running", self._agent_was_open(vm)))

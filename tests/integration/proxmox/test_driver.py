@@ -352,6 +352,27 @@ async def test_files_that_cannot_be_read_have_every_freeze_refused_and_a_pause_e
     assert driver.capabilities("vm-100").methods == ("live", "freeze")
 
 
+async def test_one_file_that_cannot_be_read_is_named_and_its_vm_stays_one(
+    driver: ProxmoxDriver, node: ProxmoxNode
+) -> None:
+    file = node.config_dir / "100.conf"
+    file.rename(file.with_suffix(".away"))
+    file.mkdir()  # which root cannot read as a file, either
+    try:
+        await until(lambda: "cannot be read" in driver.ping(), "it is noticed", 2)
+        (vm,) = driver.members()
+        assert (vm.name, vm.set, vm.update_domain) == ("vm-100", "web", 0)
+        assert "may be locked" in driver.capabilities("vm-100").missing["freeze"]
+        assert (await driver.read_states())["vm-100"] == "running"
+        with pytest.raises(FreezeFailed, match="may be locked"):
+            await driver.freeze("vm-100", freeze_deadline())
+        assert await driver.resume("vm-100", 5) == "running"
+    finally:
+        file.rmdir()
+        file.with_suffix(".away").rename(file)
+    await until(lambda: "freeze" in driver.capabilities("vm-100").methods, "it is read again", 2)
+
+
 async def test_configurations_that_hang_refuse_the_freeze_in_time(
     driver: ProxmoxDriver, node: ProxmoxNode
 ) -> None:

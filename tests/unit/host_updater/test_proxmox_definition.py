@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from caesura_host_updater.drivers.proxmox.definition import (
     BadTags,
     Placement,
+    ProxmoxOptions,
     is_tagged,
     main_section,
     placement_of,
@@ -62,14 +63,14 @@ template: 1
 
 
 def test_a_plain_configuration() -> None:
-    vm = read_config(101, PLAIN, "vm-")
+    vm = read_config(101, PLAIN, "vm-101")
     assert (vm.name, vm.title, vm.called) == ("vm-101", "web", "VM 101 (web)")
     assert (vm.set, vm.update_domain, vm.fault_domain) == ("web", 3, 1)
     assert (vm.lock, vm.template, vm.guest_agent, vm.tag_error, vm.not_now) == ("", False, False, "", "")
 
 
 def test_comments_snapshots_and_pending_changes_are_not_in_force() -> None:
-    vm = read_config(102, EVERYTHING, "vm-")
+    vm = read_config(102, EVERYTHING, "vm-102")
     assert (vm.title, vm.set, vm.update_domain, vm.lock, vm.template) == ("db", "db", 0, "backup", False)
     assert vm.guest_agent
     assert "lock: backup" in vm.not_now
@@ -79,12 +80,12 @@ def test_comments_snapshots_and_pending_changes_are_not_in_force() -> None:
 
 @pytest.mark.parametrize("section", ["[snap]", "[PENDING]", "[special:fleecing]", "[what is this?]", "[a]  "])
 def test_a_lock_below_any_section_is_none(section: str) -> None:
-    assert read_config(100, f"name: a\n\n{section}\nlock: backup\n", "vm-").lock == ""
-    assert read_config(100, f"lock: backup\n{section}\nname: a\n", "vm-").lock == "backup"
+    assert read_config(100, f"name: a\n\n{section}\nlock: backup\n", "vm-100").lock == ""
+    assert read_config(100, f"lock: backup\n{section}\nname: a\n", "vm-100").lock == "backup"
 
 
 def test_a_template_and_one_without_a_name() -> None:
-    vm = read_config(100, "template: 1\nmemory: 512\n", "east-")
+    vm = read_config(100, "template: 1\nmemory: 512\n", ProxmoxOptions(prefix="east-").name_of(100))
     assert vm.template
     assert "template" in vm.not_now
     assert (vm.name, vm.called, vm.title) == ("east-100", "VM 100", "")
@@ -103,7 +104,7 @@ def test_a_template_and_one_without_a_name() -> None:
     ],
 )
 def test_the_guest_agent(value: str, enabled: bool) -> None:
-    assert read_config(100, f"agent: {value}\n", "vm-").guest_agent is enabled
+    assert read_config(100, f"agent: {value}\n", "vm-100").guest_agent is enabled
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_tags(tags: str, placement: Placement) -> None:
 def test_tags_with_a_mistake_are_named_and_the_vm_is_not_paused(tags: str, why: str) -> None:
     with pytest.raises(BadTags, match=why.replace("'", ".")):
         placement_of(tags_of({"tags": tags}))
-    vm = read_config(100, f"name: a\ntags: {tags}\n", "vm-")
+    vm = read_config(100, f"name: a\ntags: {tags}\n", "vm-100")
     assert why in vm.not_now
     assert "qm set 100 --tags" in vm.not_now
     assert (vm.set, vm.update_domain) == ("", None)
@@ -161,7 +162,7 @@ def test_which_are_tagged() -> None:
 
 @given(st.text())
 def test_no_text_is_an_error(text: str) -> None:
-    vm = read_config(100, text, "vm-")
+    vm = read_config(100, text, "vm-100")
     assert vm.name == "vm-100"
 
 

@@ -43,6 +43,10 @@ class ProxmoxOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     prefix: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,39}\Z")] = "vm-"
     """Of a VM's name on the bus, before its id: two clusters may both have a VM 100."""
 
+    def name_of(self, vmid: int) -> str:
+        """Of a VM on the bus. It has the id: in Proxmox several VMs may have one name."""
+        return f"{self.prefix}{vmid}"
+
 
 class ProxmoxVm(VmSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A VM of a Proxmox node."""
@@ -55,6 +59,8 @@ class ProxmoxVm(VmSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Its ``name`` in Proxmox, which several VMs may have."""
     tag_error: str = ""
     """What is wrong with its tags: it cannot be paused until that is mended."""
+    read_error: str = ""
+    """Why its configuration cannot be read now: what is known of it is older."""
     lock: str = ""
     """What Proxmox does with it, or did when it failed: it is not touched."""
     template: bool = False
@@ -70,6 +76,8 @@ class ProxmoxVm(VmSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def not_now(self) -> str:
         """Why it may not be paused as its configuration is; empty: it may."""
+        if self.read_error:
+            return f"its configuration cannot be read, so it may be locked: {self.read_error}"
         if self.template:
             return "it is a template, which never runs"
         if self.lock:
@@ -115,11 +123,8 @@ def main_section(text: str) -> dict[str, str]:
     return found
 
 
-def read_config(vmid: int, text: str, prefix: str) -> ProxmoxVm:
-    """The VM that a configuration describes. Its name on the bus has its id: in Proxmox several VMs may have one name.
-
-    ``prefix``: of that name.
-    """
+def read_config(vmid: int, text: str, name: str) -> ProxmoxVm:
+    """The VM that a configuration describes. ``name``: on the bus."""
     keys = main_section(text)
     placement, wrong = Placement(), ""
     try:
@@ -127,7 +132,7 @@ def read_config(vmid: int, text: str, prefix: str) -> ProxmoxVm:
     except BadTags as error:
         wrong = f"its tags are wrong: {error}; mend them in Proxmox, or with `qm set {vmid} --tags`"
     return ProxmoxVm(
-        name=f"{prefix}{vmid}",
+        name=name,
         set=placement.set,
         update_domain=placement.update_domain,
         fault_domain=placement.fault_domain,

@@ -15,6 +15,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Literal, TypeVar
 
+import msgspec
+
 from caesura.contract.messages import Method, VmState
 from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread, in_thread_to_its_end
@@ -64,6 +66,11 @@ _SILENT = "its QEMU does not answer at its QMP socket, or may not be asked by th
 _log = get_logger("caesura.driver")
 
 T = TypeVar("T")
+_End = Literal["running", "gone", "left"]
+
+
+class _FrozenBefore(FreezeFailed):
+    """Somebody else had paused it."""
 
 
 class ProxmoxDriver:
@@ -159,8 +166,8 @@ class ProxmoxDriver:
 
     def _take(self, view: NodeView) -> None:
         members, plans = dict(view.vms), dict(view.plans)
-        for name in self._held & self._vms.keys() - members.keys():
-            members[name] = self._vms[name]
+        for name in self._vms.keys() & (self._held | view.unread.keys()) - members.keys():
+            members[name] = msgspec.structs.replace(self._vms[name], read_error=view.unread.get(name, ""))
             plan = self._plans.get(name)
             if plan is not None and alive(plan.vmm.pid, plan.vmm.start_ticks):
                 plans[name] = plan
@@ -170,7 +177,7 @@ class ProxmoxDriver:
         self._left = {vm: why for vm, why in self._left.items() if vm in plans or vm in self._held}
         self._ran = (self._ran | plans.keys()) & members.keys()
         self._vms, self._plans, self._passed, self._error = members, plans, view.passed, ""
-        self._here = frozenset(view.vms)
+        self._here = frozenset(view.vms) | view.unread.keys()
 
     def _log_changes(self, members: Mapping[str, ProxmoxVm], view: NodeView) -> None:
         for name in members.keys() - self._vms.keys():
@@ -217,12 +224,13 @@ class ProxmoxDriver:
         if vm in self._left:
             return self._left[vm]
         guest = self._guest(vm)
+        why = ""
         if vm not in self._plans:
             why = "it does not run" if vm in self._here else _gone_text(spec)
         elif self._is_another(vm):
             why = "it ended in its pause and was started again"
         elif guest is None:
-            why = _SILENT
+            why = self._silence(vm)
         else:
             why = NOT_OURS.get(guest.status, f"QEMU says {guest.status}" if guest.status in OVER else "")
         return "; ".join(filter(None, (spec.not_now, why)))
@@ -232,8 +240,9 @@ class ProxmoxDriver:
         spec, guest = self._vms.get(vm), self._guest(vm)
         missing = dict(_MISSING)
         methods: list[Method] = ["live"]
-        silent = _SILENT if vm in self._plans and guest is None else ""
-        if wrong := self._error or (spec.not_now or silent if spec is not None else self.health_error(vm)):
+        if wrong := self._error or (
+            spec.not_now or self._silence(vm) if spec is not None else self.health_error(vm)
+        ):
             missing["freeze"] = wrong
         else:
             methods.append("freeze")
@@ -278,6 +287,7 @@ class ProxmoxDriver:
 
     async def _ask(self, vms: Iterable[str]) -> None:
         plans = {vm: self._plans[vm] for vm in vms}
+        began = time.monotonic()
         found = await asyncio.gather(
             *(
                 self._in_pool(partial(self._asked, plan, agent=self._vms[vm].guest_agent))
@@ -286,7 +296,9 @@ class ProxmoxDriver:
         )
         for (vm, plan), guest in zip(plans.items(), found, strict=True):
             before = self._guests.get(vm)
-            self._guests[vm] = (plan, time.monotonic(), guest)
+            if before is not None and before[1] > began:
+                continue  # it was resumed since: this answer may be from before
+            self._guests[vm] = (plan, began, guest)
             if before is None or before[2] != guest:
                 self._change.set()
             if guest is not None and guest.status in RUNNING:
@@ -310,6 +322,11 @@ class ProxmoxDriver:
     def _guest(self, vm: str) -> GuestState | None:
         plan, _, guest = self._guests.get(vm, (None, 0.0, None))
         return guest if plan is not None and plan == self._plans.get(vm) else None
+
+    def _silence(self, vm: str) -> str:
+        """That QEMU was asked and did not answer; empty: it did, or was not asked yet."""
+        plan, _, guest = self._guests.get(vm, (None, 0.0, None))
+        return _SILENT if plan is not None and plan == self._plans.get(vm) and guest is None else ""
 
     def _state_of(self, vm: str) -> VmState:
         if vm not in self._plans:
@@ -361,7 +378,11 @@ class ProxmoxDriver:
         self._untouched.add(vm)
         self._held.add(vm)
         self._stopped[vm] = plan
-        await in_thread_to_its_end(f"freeze {vm}", lambda stop: self._freeze(plan, spec.vmid, by, stop))
+        try:
+            await in_thread_to_its_end(f"freeze {vm}", lambda stop: self._freeze(plan, spec.vmid, by, stop))
+        except _FrozenBefore as error:
+            self._left[vm] = error.why
+            raise
 
     def _freeze(self, plan: QemuPlan, vmid: int, by: float, stop: threading.Event) -> None:
         vm = plan.vm
@@ -370,8 +391,7 @@ class ProxmoxDriver:
         try:
             stop_guest(plan, by, stop.is_set)
         except GuestPausedBefore as error:
-            self._left[vm] = f"{error}: {_REMEDY.format(vmid)}"
-            raise FreezeFailed(vm, self._left[vm]) from error
+            raise _FrozenBefore(vm, f"{error}: {_REMEDY.format(vmid)}") from error
         except GuestNotStopped as error:
             raise FreezeFailed(vm, str(error)) from error
         except ProcessGone as error:
@@ -405,7 +425,7 @@ class ProxmoxDriver:
         """Who has it, or has paused it."""
         return self._left.get(vm, "")
 
-    async def resume(self, vm: str, timeout_s: float) -> Literal["running", "gone", "left"]:
+    async def resume(self, vm: str, timeout_s: float) -> _End:
         """By QMP, if nobody else has brought it where it is; then QEMU must say that it runs."""
         if vm in self._left:
             return "left"
@@ -418,7 +438,10 @@ class ProxmoxDriver:
             return "left"
         if self._is_another(vm):
             return "gone"
-        end = await in_thread(f"resume {vm}", partial(self._resume, plan, spec, time.monotonic() + timeout_s))
+        until = time.monotonic() + timeout_s
+        end, why_left = await in_thread(f"resume {vm}", partial(self._resume, plan, spec, until))
+        if end == "left":
+            self._left[vm] = why_left
         if end == "running":
             self._guests[vm] = (plan, time.monotonic(), GuestState("running", self._agent_was_open(vm)))
         return end
@@ -427,15 +450,16 @@ class ProxmoxDriver:
         guest = self._guest(vm)
         return guest is not None and guest.agent_open
 
-    def _resume(self, plan: QemuPlan, spec: ProxmoxVm, until: float) -> Literal["running", "gone", "left"]:
+    def _resume(self, plan: QemuPlan, spec: ProxmoxVm, until: float) -> tuple[_End, str]:
+        """In a thread. How it ended, and why the VM was left."""
         why = ""
         while True:
             try:
                 status = ask_state(plan, max(until, time.monotonic() + _STEP_S)).status
                 if status in RUNNING:
-                    return "running"
+                    return "running", ""
                 if status in OVER:
-                    return "gone"
+                    return "gone", ""
                 why = f"QEMU says {status}"
                 if status in PASSING:
                     why = PASSING[
@@ -443,13 +467,12 @@ class ProxmoxDriver:
                     ]  # it ends by itself: then the guest is paused as before, or has gone
                 elif status in NOT_OURS or plan.vm in self._untouched:
                     by = "it is paused, and not by Caesura"
-                    self._left[plan.vm] = _left_text(NOT_OURS.get(status, by), self._as_it_is(spec))
-                    return "left"
+                    return "left", _left_text(NOT_OURS.get(status, by), self._as_it_is(spec))
                 else:
                     thaw(plan)
                     continue
             except ProcessGone:
-                return "gone"
+                return "gone", ""
             except OSError as error:
                 why = str(error)
             if time.monotonic() >= until:

@@ -32,11 +32,13 @@ class NodeView(msgspec.Struct, frozen=True):
         vms: by name.
         plans: of those that run.
         passed: files that cannot be read, and why.
+        unread: VMs whose files those are, and why.
     """
 
     vms: dict[str, ProxmoxVm]
     plans: dict[str, QemuPlan]
     passed: dict[str, str]
+    unread: dict[str, str]
 
 
 def look_at_node(options: ProxmoxOptions, known: Callable[[str], QemuPlan | None]) -> NodeView:
@@ -50,6 +52,7 @@ def look_at_node(options: ProxmoxOptions, known: Callable[[str], QemuPlan | None
     vms: dict[str, ProxmoxVm] = {}
     plans: dict[str, QemuPlan] = {}
     passed: dict[str, str] = {}
+    unread: dict[str, str] = {}
     folder = Path(options.config_dir)
     for file in sorted(folder.iterdir()):
         vmid = vmid_of(file.name)
@@ -61,16 +64,16 @@ def look_at_node(options: ProxmoxOptions, known: Callable[[str], QemuPlan | None
         except FileNotFoundError:
             continue  # it was removed, or moved to another node, in this moment
         except OSError as error:
-            passed[str(file)] = error.strerror or str(error)
+            passed[str(file)] = unread[options.name_of(vmid)] = error.strerror or str(error)
             continue
         if options.vms == "tagged" and not is_tagged(text):
             continue
-        vm = read_config(vmid, text, options.prefix)
+        vm = read_config(vmid, text, options.name_of(vmid))
         vms[vm.name] = vm
         plan = plan_of(vm, options.run_dir, known(vm.name))
         if plan is not None:
             plans[vm.name] = plan
-    return NodeView(vms, plans, passed)
+    return NodeView(vms, plans, passed, unread)
 
 
 def read_now(options: ProxmoxOptions, vmid: int, patience_s: float) -> ProxmoxVm | None:
@@ -85,7 +88,7 @@ def read_now(options: ProxmoxOptions, vmid: int, patience_s: float) -> ProxmoxVm
         text = within(patience_s, lambda: _text(file), key=("read", str(file)))
     except FileNotFoundError:
         return None
-    return read_config(vmid, text, options.prefix)
+    return read_config(vmid, text, options.name_of(vmid))
 
 
 def _text(file: Path) -> str:

@@ -57,6 +57,7 @@ def _serve(argv: Sequence[str]) -> int:
 
     from caesura_pause_guard.examination import Examination  # noqa: PLC0415
     from caesura_pause_guard.server import AlreadyRunning, GuardServer  # noqa: PLC0415
+    from caesura_vmcontrol.hardware_watchdog import HardwareWatchdog  # noqa: PLC0415
     from caesura_vmcontrol.notify import Notifier  # noqa: PLC0415
     from caesura_vmcontrol.orphaned_pauses import marked_and_paused  # noqa: PLC0415
     from caesura_vmcontrol.watchdog import Watchdog  # noqa: PLC0415
@@ -126,6 +127,10 @@ def _serve(argv: Sequence[str]) -> int:
         with suppress(OSError):
             store.clear()
         found = None
+    elif found is not None and found.kernel_change is not None and found.kernel_change.watchdog_s:
+        # The guard before this one died while it was leaving this kernel: the host is not to be reset for that.
+        if why := HardwareWatchdog().disarm_former():
+            log("guard.hardware_watchdog", why=why)
     if found is not None:
         watch.adopt(found)
     elif (paused := marked_and_paused(folder, boot_id(), log)) is not None:

@@ -32,7 +32,8 @@ def arrived(op: Operation, change: KernelChange | None, *, wall_s: float, now: f
     left = change.left if change is not None else None
     arrival = change.arrival if change is not None else None
     if left is None:
-        return _reset(op, arrival, wall_s - now)
+        why = "the host was reset while its VMs were paused" if change is not None else _NO_RECORD
+        return _reset(op, arrival, wall_s - now, why)
     op = _in_this_boot(op, left, wall_s - now)
     if arrival is None or arrival.doubts:
         return _lost(op, "; ".join(arrival.doubts) if arrival is not None else _NO_RECORD)
@@ -165,7 +166,7 @@ def _lost(op: Operation, why: str) -> Operation:
     )
 
 
-def _reset(op: Operation, arrival: Arrival | None, offset_s: float) -> Operation:
+def _reset(op: Operation, arrival: Arrival | None, offset_s: float, why: str) -> Operation:
     """The host was reset before it left: how long its VMs were paused is not known, for no clock of the former boot was kept."""
     vms = []
     for vm in op.vms:
@@ -179,11 +180,10 @@ def _reset(op: Operation, arrival: Arrival | None, offset_s: float) -> Operation
                 )
             )
         else:
-            why = found.why if found is not None else ""
-            vms.append(msgspec.structs.replace(gone, end="gone", error=vm.error or why or _NO_RECORD))
+            said = found.why if found is not None else ""
+            vms.append(msgspec.structs.replace(gone, end="gone", error=vm.error or said or _NO_RECORD))
     op = msgspec.structs.replace(op, vms=tuple(vms), phase="ended", wake_at=None)
     lost = ", ".join(vm.vm for vm in vms if vm.end == "gone")
-    why = "the host was reset while its VMs were paused"
     op = failed(
         op, "memory_lost" if lost else "host_rebooted", f"{why}; memory lost of VM {lost}" if lost else why
     )

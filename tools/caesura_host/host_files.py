@@ -203,8 +203,9 @@ class HostFolder:
             folder.mkdir(mode=0o700, exist_ok=True)
             if owner.exists():
                 found = owner.stat()
-                os.chown(folder, found.st_uid, found.st_gid)
-                os.chown(place, found.st_uid, found.st_gid)
+                # From the second time on that user may have put something in their place.
+                os.chown(folder, found.st_uid, found.st_gid, follow_symlinks=False)
+                os.chown(place, found.st_uid, found.st_gid, follow_symlinks=False)
 
     def _systemd(self, say: Callable[[str], None]) -> None:
         say("systemctl enable caesura-arrive.service")

@@ -80,6 +80,8 @@ def figure_of(op: Operation, change: KernelChange | None, at: datetime) -> Kerne
     if any(vm.end != "running" or vm.called_at is None for vm in op.vms):
         return None
     seconds = max(vm.pause_s for vm in op.vms)
+    if seconds <= 0:  # the clock was set back
+        return None
     return KernelFigure(to=change.arrival.release, former=change.left.release, seconds=seconds, at=at)
 
 

@@ -145,6 +145,13 @@ def test_figures_are_kept_one_for_each_kernel(tmp_path: Path) -> None:
     assert [each.to for each in newest_of_each(many)] == [f"6.1.0-{number}" for number in range(8, 40)]
 
 
+def test_a_figure_of_a_host_whose_clock_was_ahead_is_replaced(tmp_path: Path) -> None:
+    """Otherwise it would be the newest one for years, and every plan be made with it."""
+    for each in (figure(9.0, days=5000), figure(25.0)):
+        add_figure(tmp_path, each)
+    assert [each.seconds for each in read_figures(tmp_path)] == [25.0]
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b'[{"to": 5}]'])
 def test_figures_that_cannot_be_read_plan_nothing(tmp_path: Path, content: bytes) -> None:
     (tmp_path / FILE).write_bytes(content)

@@ -25,6 +25,8 @@ DESCRIPTIONS = {
     "Reboot": "Host server is undergoing maintenance that needs a reboot.",
 }
 """Maps the type of an event to the description that workloads see."""
+KERNEL_DESCRIPTION = "Host server is undergoing maintenance that replaces its kernel while memory is kept; a restart is a small possibility."
+"""Of a Freeze by method kexec: between the two kernels nothing keeps the promise of every other freeze."""
 
 
 def event_changed(
@@ -93,12 +95,18 @@ def scheduled_event(rollout: Rollout, event: WaveEvent) -> ScheduledEvent:
         resources=event.resources,
         host=event.host,
         not_before=wave.not_before,
-        description=DESCRIPTIONS[rollout.event_type],
+        description=_description(rollout, wave, event),
         source=rollout.policy.event_source,
         duration_s=round(rollout.expected_pause_s) if rollout.event_type == "Freeze" else -1,
         rollout=rollout.id,
         wave=wave.index,
     )
+
+
+def _description(rollout: Rollout, wave: Wave, event: WaveEvent) -> str:
+    if any(vm.method == "kexec" and vm.vm in event.resources for vm in wave.vms):
+        return KERNEL_DESCRIPTION
+    return DESCRIPTIONS[rollout.event_type]
 
 
 def wave_of(rollout: Rollout, event: WaveEvent) -> Wave:

@@ -254,7 +254,10 @@ def _method(vm: VmRecord, record: UpdateRecord, *, hold_s: float) -> tuple[Metho
     elif hold_s:
         candidates = (("freeze", f"freeze on demand for {hold_s:g} s"),)
     elif record.kernel == "kexec":
-        reason = f"the host starts kernel {record.kernel_release} with the VM's memory in RAM"
+        reason = (
+            f"the host starts kernel {record.kernel_release} with the VM's memory in RAM; nothing of Caesura runs between the two kernels, "
+            "so an end within the budget is expected, not promised, and a restart is a small possibility"
+        )
         candidates = (("kexec", reason),)
     elif record.vmm == "beside":
         candidates = (("swap", "the update installs a new VMM beside the one that runs"),)

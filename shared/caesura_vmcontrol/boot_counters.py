@@ -46,7 +46,7 @@ def raise_counter(folder: str, boot_id: str) -> BootCounter | None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        # No space for another file, and guests wait: in its place. Torn by a crash it is no counter, and then nothing is loaded.
+        # No space for another file, and guests wait: in its place. Torn by a crash it cannot be read, and then nothing is loaded.
         _write_over(folder, raised)
     return raised
 

@@ -139,7 +139,7 @@ def _check_arrived(plan: ReplacePlan) -> None:
 
 
 def give_up(plan: ReplacePlan, why: str) -> None:
-    """Decide that a guest of another boot is lost, where nobody is left to examine its memory: it would wait in its files for ever.
+    """Decide that a guest of another boot is lost, where nobody is left to examine its memory: it would wait in its files indefinitely.
 
     Nothing is decided where it was examined in this boot, or a process has it.
 

@@ -6,12 +6,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from caesura_host_updater.drivers.port import NotRunningYet
 from caesura_host_updater.drivers.qemu import driver as driver_module
 from caesura_host_updater.drivers.qemu import kexec_obstacles
 from caesura_host_updater.drivers.qemu.definition import Definition
+from caesura_host_updater.drivers.qemu.process_records import Records
 from caesura_host_updater.inventory.kernel_options import KernelOptions
 from caesura_pause_guard import arrival
 from caesura_vmcontrol import boot_counters, procfs, replacing
@@ -48,9 +50,11 @@ def another_boot(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(procfs, "BOOT_ID", str(next_boot))
 
 
+@pytest.mark.parametrize("same_pid", [False, True])
 async def test_another_boot_has_the_guest(
-    rig: Any, tools: Any, carve_out: Path, monkeypatch: pytest.MonkeyPatch
+    rig: Any, tools: Any, carve_out: Path, monkeypatch: pytest.MonkeyPatch, *, same_pid: bool
 ) -> None:
+    """A boot is much like another: the guest's process may well have the pid that it had in the former one."""
     driver = await rig.open({"a": SMALL}, ram_dir=f"{carve_out}/ram")
     assert "kexec" in driver.capabilities("a").methods, driver.capabilities("a").missing
     state_dir = rig.folder / "state"
@@ -67,6 +71,11 @@ async def test_another_boot_has_the_guest(
     await rig.crash()
     another_boot(rig, monkeypatch)
     assert arrival.arrive(str(state_dir), "initramfs", lambda *_, **__: None) == 0
+    if same_pid:
+        records = Records(state_dir / "vms")
+        former = records.read("a")
+        assert former is not None
+        records.write("a", msgspec.structs.replace(former, pid=rig.processes()[0]))
     driver = await rig.open({"a": SMALL}, ram_dir=f"{carve_out}/ram")
     assert driver.states() == {"a": "running"}
     await rig.only(tools.pid_of(driver, "a"))

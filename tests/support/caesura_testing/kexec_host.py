@@ -32,6 +32,11 @@ _BOOT = (
 )
 
 
+_TRANSLATED_MIB = 64
+"""MiB of translated code that the emulator keeps. By default it is 1 GiB, and then the next kernel is several times slower: whatever it writes to a
+page in which the former one had code, the emulator first has to find and drop what was translated of it."""
+
+
 class HostEnded(AssertionError):
     """The emulator is gone."""
 
@@ -104,7 +109,7 @@ class KexecHost:
                 "-cpu",
                 "max",
                 "-accel",
-                "tcg,thread=multi",
+                f"tcg,thread=multi,tb-size={_TRANSLATED_MIB}",
                 "-smp",
                 "2",
                 "-m",

@@ -16,7 +16,7 @@ from caesura.contract.reasons import Reason
 from caesura.fleet.retained_messages import Cleared
 from caesura.lifecycle.errors import IllegalStatusChange
 from caesura.lifecycle.proof import memory_proof
-from caesura_coordinator.announcements import scheduled_event
+from caesura_coordinator.announcements import DESCRIPTIONS, KERNEL_DESCRIPTION, scheduled_event
 from caesura_coordinator.authority import Authority
 from caesura_coordinator.commands import command_for, due_operations
 from caesura_coordinator.effects import Effect, EventEnded, EventScheduled, EventStarted
@@ -206,6 +206,18 @@ def test_events_are_of_the_platform_unless_the_operator_says_otherwise(
     assert scheduled_event(story.rollout, story.wave.events[0]).source == source
     on_demand = msgspec.structs.replace(story.rollout, hold_s=9.0)
     assert scheduled_event(on_demand, story.wave.events[0]).source == source, "a freeze on demand, too"
+
+
+def test_an_event_says_that_its_hosts_kernel_is_replaced(story: Story) -> None:
+    story.announce()
+    event = story.wave.events[0]
+    assert scheduled_event(story.rollout, event).description == DESCRIPTIONS["Freeze"]
+    wave = msgspec.structs.replace(
+        story.wave, vms=tuple(msgspec.structs.replace(vm, method="kexec") for vm in story.wave.vms)
+    )
+    over = msgspec.structs.replace(story.rollout, waves=(wave, *story.rollout.waves[1:]))
+    assert scheduled_event(over, event).description == KERNEL_DESCRIPTION
+    assert "restart" in KERNEL_DESCRIPTION
 
 
 def test_without_approval_the_wave_waits_for_not_before(story: Story) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from caesura_host_updater.drivers import remote_pauses
 from caesura_host_updater.drivers.container import driver as module
 from caesura_host_updater.drivers.container import pausing
 from caesura_host_updater.drivers.container.cgroup import NoFreezer, freezer_of
@@ -158,9 +159,10 @@ class World:
         plan = EnginePlan("a", "/s", "0a" * 32, 4711, 1, "cgroup2", "/sys/fs/cgroup/x/cgroup.freeze")
         driver._runs["a"] = plan
         monkeypatch.setattr(driver, "_call", self._call)
-        for each in (module, pausing):
+        for each in (module, pausing, remote_pauses):
             monkeypatch.setattr(each, "condition", lambda _: self.state)
-        monkeypatch.setattr(module, "thaw", self._thaw)
+        for each in (module, remote_pauses):
+            monkeypatch.setattr(each, "thaw", self._thaw)
 
     def _call(self, method: str, container: str, what: str, timeout_s: float) -> Any:
         assert timeout_s > 0
@@ -198,14 +200,14 @@ async def test_a_pause_that_comes_late_is_undone_and_one_of_ours_is_not(
     world.silent = True
     with pytest.raises(FreezeFailed, match="does not answer"):
         await driver.freeze("a", time.monotonic() + 5)
-    await driver._undo_late("a")
+    await driver._late.undo()
     assert (world.state, world.resumed) == ("running", 0)
     world.state = "frozen"
-    await driver._undo_late("a")
+    await driver._late.undo()
     assert (world.state, world.resumed) == ("running", 1)
     # The next pause is ours: it stays until we resume it, though the engine is still watched for a late one.
     world.silent = False
     await driver.freeze("a", time.monotonic() + 5)
-    await driver._undo_late("a")
+    await driver._late.undo()
     assert (world.state, world.resumed) == ("frozen", 1)
     assert await driver.resume("a", 5) == "running"

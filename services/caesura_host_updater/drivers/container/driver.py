@@ -43,6 +43,7 @@ from caesura_host_updater.drivers.port import (
     NotPossible,
     NotRunningYet,
 )
+from caesura_host_updater.drivers.remote_pauses import LatePauses, ResumeTries
 from caesura_host_updater.spawn import ExitWatch
 from caesura_vmcontrol import container_engine
 from caesura_vmcontrol.container_engine import EnginePlan, EngineRefused
@@ -56,8 +57,6 @@ _STOP_S = 10  # s: between SIGTERM and SIGKILL when a container is stopped with 
 _NOTICE_S = 10.0  # s: for an engine to notice that a container's first process has ended
 _LOOK_S = 1.0  # s: between two looks at containers that do not run, and at the engine
 _STEP_S = 0.002  # s: between two looks at a container that is to run
-_LATE_S = 600.0
-"""s: how long a pause that an engine did not answer is looked for: a request that it had accepted may take effect later."""
 _STATES: dict[Condition, VmState] = {
     "running": "running",
     "held": "paused",
@@ -96,10 +95,8 @@ class ContainerDriver:
         self._why: dict[str, str] = {}
         """Why a container does not run, or cannot be paused."""
         self._left: dict[str, str] = {}
-        self._resuming: dict[str, asyncio.Future[Literal["running", "gone"]]] = {}
-        self._late: dict[str, float] = {}
-        """Containers with a pause that the engine did not answer, to the instant until which it is looked for."""
-        self._late_lock = threading.Lock()
+        self._tries = ResumeTries()
+        self._late = LatePauses(self._runs.get, "the engine")
         self._engine_error = "it was not asked yet"
         self._engine = EngineFacts()
         self._change = asyncio.Event()
@@ -232,27 +229,7 @@ class ContainerDriver:
                 if spec.name not in self._runs and not self._engine_error:
                     with suppress(DriverError):
                         await self._find(spec)
-            for vm in [vm for vm, until in self._late.items() if time.monotonic() > until]:
-                del self._late[vm]
-            for vm in list(self._late):
-                await self._undo_late(vm)
-
-    async def _undo_late(self, vm: str) -> None:
-        plan = self._runs.get(vm)
-        if plan is None:
-            return
-
-        def undo() -> bool:
-            with self._late_lock:
-                # Our next pause may have begun since.
-                if vm not in self._late or condition(plan) in ("running", "gone"):
-                    return False
-                thaw(plan)
-                return True
-
-        with suppress(OSError):
-            if await in_thread(f"resume {vm}", undo):
-                _log.error("vm.paused_late", vm=vm, hint="the engine carried out a pause that had failed")
+            await self._late.undo()
 
     # -- the engine ---------------------------------------------------------------------------------------
 
@@ -378,15 +355,14 @@ class ContainerDriver:
 
     def _freeze(self, plan: EnginePlan, by: float, stop: threading.Event) -> None:
         vm = plan.vm
-        with self._late_lock:
-            self._late.pop(vm, None)
+        self._late.forget(vm)
         try:
             pause_container(plan, by, stop, self._call)
         except PausedBefore as error:
             self._left[vm] = PAUSED_BEFORE
             raise FreezeFailed(vm, PAUSED_BEFORE) from error
         except PauseUnanswered as error:
-            self._late[plan.vm] = time.monotonic() + _LATE_S
+            self._late.expect(plan.vm)
             raise FreezeFailed(vm, str(error)) from error
         except NotFrozen as error:
             raise FreezeFailed(vm, str(error)) from error
@@ -399,18 +375,12 @@ class ContainerDriver:
         """Through the engine, or by the cgroup when that is dead or hangs; then the kernel must say that it runs."""
         if vm in self._left:
             return "left"
-        # One try at a time: while the engine keeps one waiting, no further request is sent after it.
-        trying = self._resuming.get(vm)
-        if trying is None or trying.done():
-            trying = asyncio.ensure_future(in_thread(f"resume {vm}", lambda: self._resume(vm, timeout_s)))
-            self._resuming[vm] = trying
-        done, _ = await asyncio.wait([trying], timeout=timeout_s)
-        if not done:
-            raise NotRunningYet(
-                vm, f"neither the engine nor the kernel has resumed it within {timeout_s:g} s"
-            )
-        self._resuming.pop(vm, None)
-        return trying.result()
+        return await self._tries.resume(
+            vm,
+            timeout_s,
+            lambda: self._resume(vm, timeout_s),
+            "neither the engine nor the kernel has resumed it",
+        )
 
     def _resume(self, vm: str, timeout_s: float) -> Literal["running", "gone"]:
         plan = self._runs.get(vm)

@@ -33,6 +33,7 @@ from caesura_host_updater.drivers.port import (
     NotRunningYet,
     ShutdownFailed,
 )
+from caesura_host_updater.drivers.remote_pauses import LatePauses, ResumeTries
 from caesura_host_updater.drivers.shutdown_requests import ShutdownRequests
 from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.libvirt_control import (
@@ -51,8 +52,6 @@ _ASK_S = 5.0  # s: for a list of the domains; it takes milliseconds
 _SETTLE_S = 0.02  # s: events of one change come together
 _STEP_S = 0.005  # s: between two looks at a domain that is to be paused or to run
 _POLL_S = 0.1  # s: between two looks at a domain that shuts down
-_LATE_S = 600.0
-"""s: how long a suspend that the daemon did not answer is looked for: it may be carried out later."""
 _STATES: dict[Condition, VmState] = {
     "running": "running",
     "held": "paused",
@@ -103,11 +102,10 @@ class LibvirtDriver:
         self._held: set[str] = set()
         """VMs of an operation: they stay members until it is over, wherever their domain is."""
         self._left: dict[str, str] = {}
-        self._late: dict[str, float] = {}
-        self._late_lock = threading.Lock()
+        self._late = LatePauses(self._plan, "libvirt")
         self._down: set[str] = set()
         """VMs that were asked to shut down and do not run again yet."""
-        self._resuming: dict[str, asyncio.Future[Literal["running", "gone"]]] = {}
+        self._tries = ResumeTries()
         self._version = ""
         self._error = "libvirt was not asked yet"
         self._asking: asyncio.Future[None] | None = None
@@ -167,10 +165,7 @@ class LibvirtDriver:
             self._event.clear()
             await self._ask()
             await self._start_ended()
-            for vm in [vm for vm, until in self._late.items() if time.monotonic() > until]:
-                del self._late[vm]
-            for vm in list(self._late):
-                await self._undo_late(vm)
+            await self._late.undo()
 
     async def _ask(self) -> None:
         """Ask for the domains; one question at a time, however long the daemon takes."""
@@ -336,6 +331,9 @@ class LibvirtDriver:
             self._held.discard(vm)
             self._event.set()
 
+    def _plan(self, vm: str) -> LibvirtPlan | None:
+        return self._plans.get(vm)
+
     def resume_plan(self, vm: str) -> LibvirtPlan:
         """Through libvirt, and past it where there is a way."""
         plan = self._plans.get(vm)
@@ -355,8 +353,7 @@ class LibvirtDriver:
 
     def _freeze(self, plan: LibvirtPlan, by: float, stop: threading.Event) -> None:
         vm = plan.vm
-        with self._late_lock:
-            self._late.pop(vm, None)
+        self._late.forget(vm)
         if stop.is_set() or time.monotonic() >= by:
             raise FreezeFailed(vm, "it was too late to freeze it")
         try:
@@ -365,7 +362,7 @@ class LibvirtDriver:
             self._left[vm] = f"{_PAUSED_BEFORE}; {error}"
             raise FreezeFailed(vm, self._left[vm]) from error
         except LibvirtSilent as error:
-            self._late[vm] = time.monotonic() + _LATE_S
+            self._late.expect(vm)
             raise FreezeFailed(vm, f"{error}; if it is paused later it is resumed at once") from error
         except (DomainNotPaused, OSError) as error:
             raise FreezeFailed(vm, str(error)) from error
@@ -383,23 +380,6 @@ class LibvirtDriver:
         except OSError as error:
             raise FreezeFailed(plan.vm, str(error)) from error
 
-    async def _undo_late(self, vm: str) -> None:
-        plan = self._plans.get(vm)
-        if plan is None:
-            return
-
-        def undo() -> bool:
-            with self._late_lock:
-                # Our next pause may have begun since.
-                if vm not in self._late or condition(plan) in ("running", "gone"):
-                    return False
-                thaw(plan)
-                return True
-
-        with suppress(OSError):
-            if await in_thread(f"resume {vm}", undo):
-                _log.error("vm.paused_late", vm=vm, hint="libvirt carried out a suspend that had failed")
-
     def why_left(self, vm: str) -> str:
         """Who has paused it."""
         return self._left.get(vm, "")
@@ -408,16 +388,9 @@ class LibvirtDriver:
         """Through libvirt, or past it where there is a way; then it must be seen to run."""
         if vm in self._left:
             return "left"
-        # One try at a time: while the daemon keeps one waiting, no further request is sent after it.
-        trying = self._resuming.get(vm)
-        if trying is None or trying.done():
-            trying = asyncio.ensure_future(in_thread(f"resume {vm}", lambda: self._resume(vm, timeout_s)))
-            self._resuming[vm] = trying
-        done, _ = await asyncio.wait([trying], timeout=timeout_s)
-        if not done:
-            raise NotRunningYet(vm, f"libvirt has not resumed it within {timeout_s:g} s")
-        self._resuming.pop(vm, None)
-        result = trying.result()
+        result = await self._tries.resume(
+            vm, timeout_s, lambda: self._resume(vm, timeout_s), "libvirt has not resumed it"
+        )
         return "left" if vm in self._left else result
 
     def _resume(self, vm: str, timeout_s: float) -> Literal["running", "gone"]:

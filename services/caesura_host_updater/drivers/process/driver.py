@@ -37,6 +37,7 @@ from caesura_host_updater.drivers.process.freezers import (
 )
 from caesura_host_updater.drivers.process.init_spec import memory_file
 from caesura_host_updater.drivers.process.supervisor import ProcessSupervisor
+from caesura_host_updater.drivers.remote_pauses import ResumeTries
 from caesura_host_updater.drivers.sampling import sampled_digest_of
 from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.procfs import Process, process_table
@@ -93,7 +94,7 @@ class ProcessDriver:
         """VMs of whose processes some have failed, and which; as last looked."""
         self._table: tuple[float, Mapping[int, Process]] = (0.0, {})
         self._table_turn = threading.Lock()
-        self._resuming: dict[str, asyncio.Future[Literal["running", "gone"]]] = {}
+        self._tries = ResumeTries()
         """Tries that wait for the kernel."""
         self._readers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="digest")
 
@@ -258,16 +259,9 @@ class ProcessDriver:
 
     async def resume(self, vm: str, timeout_s: float) -> Literal["running", "gone", "left"]:
         """Ask, then look until everything of the VM runs."""
-        # One try at a time: while the kernel keeps one waiting, no further thread is sent after it.
-        trying = self._resuming.get(vm)
-        if trying is None or trying.done():
-            trying = asyncio.ensure_future(in_thread(f"resume {vm}", lambda: self._resume(vm, timeout_s)))
-            self._resuming[vm] = trying
-        done, _ = await asyncio.wait([trying], timeout=timeout_s + _KERNEL_S)
-        if not done:
-            raise NotRunningYet(vm, f"the kernel does not answer within {timeout_s + _KERNEL_S:.2f} s")
-        self._resuming.pop(vm, None)
-        return trying.result()
+        return await self._tries.resume(
+            vm, timeout_s + _KERNEL_S, lambda: self._resume(vm, timeout_s), "the kernel does not answer"
+        )
 
     def _resume(self, vm: str, timeout_s: float) -> Literal["running", "gone"]:
         run = self._supervisor.runs.get(vm) or self._supervisor.read_run(vm)

@@ -45,7 +45,7 @@ from caesura_host_updater.spawn import ExitWatch, reap
 from caesura_vmcontrol import claims
 from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.process_control import restore_priority
-from caesura_vmcontrol.procfs import send_signal
+from caesura_vmcontrol.procfs import boot_id, send_signal
 from caesura_vmcontrol.qemu_control import heir, holder
 from caesura_vmcontrol.qemu_plans import QemuPlan, ReplacePlan, SwapPlan
 from caesura_vmcontrol.resume_plans import ResumePlan
@@ -239,7 +239,8 @@ class Migrator:
             return
         try:
             run = former
-            if pid != former.pid:
+            # A pid is one of its boot: after a change of the kernel the guest's new process may well have the old one's.
+            if (pid, start_ticks, boot_id()) != (former.pid, former.start_ticks, former.boot_id):
                 run = await in_thread("look at it", lambda: run_of(former, pid, start_ticks))
         except NoVmm as error:
             guest.last_error = str(error)
@@ -248,7 +249,7 @@ class Migrator:
         if prepared.qmp is not None and prepared.qmp.listener == pid and not prepared.qmp.closed:
             present, prepared.qmp = prepared.qmp, None
         try:
-            if run.pid != former.pid:
+            if run is not former:
                 await in_thread_to_its_end("link sockets", lambda _: link_sockets(run))
             await guest.attach(run, present)
         except (NotAttached, OSError) as error:

@@ -221,6 +221,26 @@ async def test_programs_of_the_fleet_on_the_host_are_seen(
     assert programs.startswith("caesura-metrics-exporter on this host")
 
 
+async def test_guests_that_are_not_ours_are_seen(
+    readiness: Callable[..., KernelReadiness], root: Path
+) -> None:
+    """Started by hand, or by libvirt: they are saved by nobody, and would end as by a power cut."""
+    for pid, comm, environ in (
+        (20, "qemu-system-x86", "PATH=/bin\0CAESURA_QEMU=h/a/start\0"),
+        (21, "qemu-system-x86", "PATH=/bin\0"),
+        (22, "vi", ""),
+    ):
+        (root / f"proc/{pid}").mkdir()
+        (root / f"proc/{pid}/comm").write_text(f"{comm}\n")
+        (root / f"proc/{pid}/environ").write_text(environ)
+    one = readiness()
+    await one.look()
+    assert one.record is not None
+    (problem,) = one.record.problems
+    assert problem.startswith("qemu-system-x86 (pid 21) is not a VM of this host updater")
+    assert "(pid 21)" in await one.error(NEW, 30.0)
+
+
 async def test_a_broker_on_the_host_itself_is_seen(readiness: Callable[..., KernelReadiness]) -> None:
     one = readiness(broker_host="127.0.0.1")
     await one.look()

@@ -15,6 +15,8 @@ from caesura_host.host_files import HostError, HostFolder
 from caesura_host.kernel_command_line import BadCarveOut, next_command_line, parse_carve_out
 from caesura_host.kernel_loading import load_kernel
 from caesura_host.preparation import GRUB, SETTINGS, Step, WantedPreparation, settings_of, steps, with_block
+from caesura_vmcontrol.intent import Intent, IntentFile
+from caesura_vmcontrol.kernel_change import KernelChange
 
 _UUID = "d522221c-b208-43de-9967-f974ae0ee917"
 _FSTAB = "/dev/vda / ext4 defaults 0 1\n"
@@ -147,6 +149,24 @@ def test_undo_leaves_what_somebody_else_wrote(host: _Host) -> None:
     assert host.text("etc/fstab") == f"{_FSTAB}tmpfs /tmp tmpfs defaults 0 0\n"
     new = host.tree().keys() - before.keys()
     assert new == {hook}
+
+
+@pytest.mark.parametrize("what", ["a change of the kernel", "garbled", "memory"])
+def test_undo_takes_nothing_from_guests_that_need_it(host: _Host, what: str) -> None:
+    wanted = _wanted()
+    state_dir = host.root / wanted.state_dir.lstrip("/")
+    state_dir.mkdir(parents=True)
+    host.folder.check_idle(wanted.state_dir, wanted.carve_out)
+    if what == "a change of the kernel":
+        change = KernelChange("6.1", wanted.carve_out)
+        IntentFile(str(state_dir)).store(Intent("op-1", "boot", 0.0, 1.0, (), kernel_change=change))
+    elif what == "garbled":
+        (state_dir / "guard-intent.json").write_text("{")
+    else:
+        host.put(f"{wanted.carve_out.lstrip('/')}/ram/caesura-host-1/a.ram", "")
+    why = {"a change of the kernel": "operation op-1", "garbled": "cannot be read", "memory": "a.ram"}[what]
+    with pytest.raises(HostError, match=why):
+        host.folder.check_idle(wanted.state_dir, wanted.carve_out)
 
 
 def test_without_grub_the_operator_is_told_the_words(host: _Host) -> None:

@@ -1,5 +1,7 @@
 """Whether a wave may start or continue now: the gates, each with its blockers, the reasons why not. Pure.
 
+Time, approvals and agents' answers are not the fleet's state: they are judged in ``wave_transitions``.
+
 Blockers fail closed: an unreachable host, an epoch that is not acknowledged and an unknown VM state all
 block (as do the reboot blockers of kured).
 

@@ -243,7 +243,8 @@ def next_commands(rollout: WholeRollout) -> list[str]:
     if rollout.status != "halted":
         return []
     return [
-        "Every VM runs, and nothing is tried again until you say so:",
+        # Not that every VM runs: one may have ended, or a host may be away.
+        "Nothing is tried again until you say so:",
         f"  caesura history {rollout.rollout}    what happened, and why",
         f"  caesura resume {rollout.rollout}     try the failed wave again",
         f"  caesura abort {rollout.rollout}      give it up",

@@ -19,8 +19,8 @@ from caesura_vmcontrol.boots import of_another_boot
 from caesura_vmcontrol.container_engine import EnginePlan
 from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
+from caesura_vmcontrol.marked_pauses import marked_and_paused, resume
 from caesura_vmcontrol.markers import Marker
-from caesura_vmcontrol.orphaned_pauses import marked_and_paused, resume
 from caesura_vmcontrol.procfs import boot_id
 from caesura_vmcontrol.qemu_plans import QemuPlan, ReplacePlan, SwapPlan
 from caesura_vmcontrol.resume_plans import CgroupPlan, ResumePlan, SignalPlan

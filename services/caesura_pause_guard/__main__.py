@@ -57,8 +57,8 @@ def _serve(argv: Sequence[str]) -> int:
 
     from caesura_pause_guard.examination import Examination  # noqa: PLC0415
     from caesura_pause_guard.server import AlreadyRunning, GuardServer  # noqa: PLC0415
+    from caesura_vmcontrol.marked_pauses import marked_and_paused  # noqa: PLC0415
     from caesura_vmcontrol.notify import Notifier  # noqa: PLC0415
-    from caesura_vmcontrol.orphaned_pauses import marked_and_paused  # noqa: PLC0415
     from caesura_vmcontrol.watchdog import Watchdog  # noqa: PLC0415
 
     parser = argparse.ArgumentParser(

@@ -1,7 +1,8 @@
 """The first acts of the guard in another kernel: clock, boot counters, guests' memory, then each guest is loaded and resumed.
 
 Run by the initramfs or a unit as root before anything else of the system, or by the ordinary guard when neither did. It may be killed at
-any step, run again, and run twice at once: what is decided about a guest is in its claims.
+any step, run again, and run twice at once: what is decided about a guest is in its claims. The load itself is ``replacing``'s, in
+``caesura_vmcontrol``, as after every other replace.
 """
 
 # light imports on purpose: no pathlib here.

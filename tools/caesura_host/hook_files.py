@@ -5,10 +5,8 @@ They are in ``deploy`` of a checkout; the wheel has them beside this module.
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
-
-HOOK_VERSION = "1"
-"""Of the hook and its script. Raised with every change to them: a kernel whose initramfs has another one is refused."""
 
 _BESIDE = Path(__file__).parent / "files"
 _CHECKOUT = Path(__file__).parents[2] / "deploy"
@@ -30,3 +28,12 @@ def installed_texts() -> dict[str, str]:
     """Place on the host to text."""
     base = _BESIDE if _BESIDE.is_dir() else _CHECKOUT
     return {place: (base / source).read_text(encoding="utf-8") for place, source in SOURCES.items()}
+
+
+def _version() -> str:
+    texts = installed_texts()
+    return sha256("".join(texts[place] for place in sorted(EXECUTABLE)).encode()).hexdigest()[:8]
+
+
+HOOK_VERSION = _version()
+"""Of the hook and its script, from their texts: a kernel whose initramfs has another one is refused."""

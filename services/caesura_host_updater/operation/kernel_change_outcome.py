@@ -2,6 +2,7 @@
 
 The journal's instants are on the clock of the former boot; the guard wrote both clocks down as its last act there, and the new boot
 set its own from the time stamp counter. So every instant has a place on the present boot's clock, and the pause is measured.
+``crash_recovery`` asks for it at a start, and ``report`` makes the message.
 """
 
 from __future__ import annotations

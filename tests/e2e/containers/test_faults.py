@@ -178,7 +178,7 @@ async def test_a_pause_that_the_engine_carries_out_too_late_is_undone(
     seen = []
     for _ in range(3):
         await driver._ask_engine()
-        await driver._undo_late("a")
+        await driver._late.undo()
         seen.append(condition(plan))
     assert seen[-1] == "running", seen
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from caesura_host_updater.drivers.qemu.definition import Definition
 from caesura_vmcontrol import markers
+from caesura_vmcontrol.marked_pauses import marked_and_paused, resume
 from caesura_vmcontrol.markers import Marker
-from caesura_vmcontrol.orphaned_pauses import marked_and_paused, resume
 from caesura_vmcontrol.procfs import boot_id
 from caesura_vmcontrol.resume_plans import ResumePlan
 

@@ -72,7 +72,7 @@ from caesura_vmcontrol.kernel_change import KernelChange
 from caesura_vmcontrol.resume_plans import ResumePlan
 
 _PUBLISH_S = 0.5  # s: for the broker to have the facts of a pause before the host leaves it
-_STATES_S = 0.5  # s: to read the states of all VMs, which takes milliseconds; others are paused meanwhile
+_STATES_S = 0.5  # s: to read the states of all VMs, which takes milliseconds; others are paused then
 _FLUSH_S = 2.0  # s: for the journal to write what was posted, before the guard releases the operation
 
 _log = get_logger("caesura.pause")

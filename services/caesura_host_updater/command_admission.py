@@ -163,9 +163,11 @@ def _judge_update(command: StartOperation, host: Host) -> Refuse | Accept:
         why_not = budget_refusal(command.budget_s, update.expected_s)
         if why_not is not None:
             return Refuse("budget_too_short", f"update {update.name} {why_not}")
-    if command.method in ("freeze", "replace", "reboot"):
+    if command.method in ("freeze", "replace", "reboot", "kexec"):
         named = {target.vm for target in command.targets}
-        left = [vm for vm, record in host.vms.items() if record.state == "running" and vm not in named]
+        # Another kernel ends whatever it does not keep, a VM that somebody paused as well.
+        spared = ("stopped",) if command.method == "kexec" else ("stopped", "paused", "unknown")
+        left = [vm for vm, record in host.vms.items() if record.state not in spared and vm not in named]
         if update.scope == "host" and left:
             return Refuse(
                 "command_invalid",

@@ -15,7 +15,7 @@ try:
 
     from caesura_pause_guard.arrival import arrive
     from caesura_pause_guard.output import Output
-    from caesura_vmcontrol.intent import IntentFile, UnreadableIntent
+    from caesura_vmcontrol.intent import Intent, IntentFile, UnreadableIntent
     from caesura_vmcontrol.kernel_change import By
     from caesura_vmcontrol.procfs import boot_id
 except KeyboardInterrupt:  # as caesura.runtime.interrupt, which the guard may not import
@@ -126,6 +126,8 @@ def _serve(argv: Sequence[str]) -> int:
         with suppress(OSError):
             store.clear()
         found = None
+    elif found is not None:
+        _disarm_hardware_watchdog(found)
     if found is not None:
         watch.adopt(found)
     elif (paused := marked_and_paused(folder, boot_id(), log)) is not None:
@@ -134,6 +136,16 @@ def _serve(argv: Sequence[str]) -> int:
     log("guard.ready", pid=os.getpid(), state=watch.state)
     server.run()
     return 0
+
+
+def _disarm_hardware_watchdog(intent: Intent) -> None:
+    """The guard before this one died, maybe while it was leaving this kernel: the host is not to be reset for that."""
+    from caesura_vmcontrol.hardware_watchdog import HardwareWatchdog  # noqa: PLC0415 - as in _serve
+
+    change = intent.kernel_change
+    why = HardwareWatchdog().disarm_former() if change is not None and change.watchdog_s else ""
+    if why:
+        log("guard.hardware_watchdog", why=why)
 
 
 def _arrive(folder: str, by: By) -> int:

@@ -11,6 +11,7 @@ any step, run again, and run twice at once: what is decided about a guest is in 
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import shutil
 import subprocess
@@ -31,19 +32,22 @@ from caesura_vmcontrol.qemu_control import condition, thaw
 from caesura_vmcontrol.qemu_plans import ReplacePlan
 from caesura_vmcontrol.ram_places import RamIdentity, carve_out_error, find_error
 from caesura_vmcontrol.resume_plans import ResumePlan
+from caesura_vmcontrol.service_user import ServiceUser, become, user_to_become
 
 Log = Callable[..., None]
 
 ALL_RUN, UNUSABLE, UNREADABLE, UNDECIDED, LOST = 0, 1, 3, 4, 5
 """Exit codes of ``--arrive``."""
 MAX_GAP_S = 120.0
-"""From the leaving of a kernel to the start of this one, in seconds, if no boot was counted in between: a longer gap is a boot that
-nobody counted, and what it did with the memory is not known."""
+"""From the leaving of a kernel, or the last sign of a boot that was counted since, to the start of this one, in seconds: a longer gap may be
+a boot that nobody counted, and what it did with the memory is not known."""
 _TRIES = 4  # of one guest, its command lines in turn; then the boot continues and the ordinary guard tries
 _LOAD_S = 300.0  # s: the same, if each try takes long
 _LOCK_S = 120.0  # s: for another arrival to end; claims keep two apart even so
 _AGAIN_S = 0.01  # s: between two tries
 _REHEARSAL_S = 120.0  # s: for a QEMU without a guest to start; as for one with a guest, see replacing
+_SOCKETS = "/run/caesura"
+"""Where the units have the sockets' folders; only root makes something in /run, and it makes nothing there that a plan names."""
 _SAID = 200  # characters of what it says instead
 REHEARSAL = "rehearsal"
 """In the place of a VM's name: the QEMU of a rehearsal."""
@@ -55,9 +59,13 @@ _WITHOUT_GUEST = (
 
 
 def arrive(folder: str, by: By, log: Log) -> int:
-    """Resume what another boot left; the exit code."""
+    """Resume what another boot left; the exit code. Run by root in a folder that is not root's, it becomes the folder's owner."""
     store = IntentFile(folder)
-    with _one_at_a_time(folder):
+    begun: Arrival | None = None
+    if (user := user_to_become(folder)) is not None:
+        begun = _as_root(store, user, by, log)
+        become(user)
+    with _one_at_a_time(folder, log):
         try:
             intent = store.read()
         except UnreadableIntent as error:
@@ -67,32 +75,64 @@ def arrive(folder: str, by: By, log: Log) -> int:
         if intent is None or change is None or intent.boot_id == boot_id():
             log("arrival.nothing_to_do")
             return ALL_RUN
-        arrival = examine(intent, folder, by, log)
-        store.store(intent)
+        if user is None:
+            _disarm_hardware_watchdog(change, log)
+        arrival = examine(intent, folder, by, log, begun)
+        _record(store, intent, log)
         if change.rehearsal:
             with _phase(arrival, "load"):
                 rehearse(arrival, log)
         else:
             with _phase(arrival, "load"):
                 _load_all(intent, arrival, log)
-        if change.watchdog_s and (why := HardwareWatchdog().disarm_former()):
-            log("arrival.hardware_watchdog", why=why)
-        store.store(intent)
+        _record(store, intent, log)
         ends = {each.end for each in arrival.vms.values()}
         log("arrival.ended", vms={vm: each.end for vm, each in arrival.vms.items()}, phases=arrival.phases)
     return LOST if "lost" in ends else UNDECIDED if "undecided" in ends else ALL_RUN
 
 
-def examine(intent: Intent, folder: str, by: By, log: Log) -> Arrival:
+def _record(store: IntentFile, intent: Intent, log: Log) -> None:
+    """For the report. What is decided about a guest is in its claims, so a disk that refuses this keeps no guest paused."""
+    try:
+        store.store(intent)
+    except OSError as error:
+        log("arrival.not_recorded", why=str(error))
+
+
+def _as_root(store: IntentFile, user: ServiceUser, by: By, log: Log) -> Arrival | None:
+    """What only root can do, and nothing else: the clock, the hardware watchdog, and the sockets' folder in the new /run."""
+    try:
+        intent = store.read()
+    except UnreadableIntent:
+        return None  # said by who reads it next
+    change = intent.kernel_change if intent is not None else None
+    if intent is None or change is None or intent.boot_id == boot_id():
+        return None
+    _disarm_hardware_watchdog(change, log)
+    with suppress(OSError):
+        os.mkdir(_SOCKETS, 0o700)
+        os.chown(_SOCKETS, user.uid, user.gid, follow_symlinks=False)
+    if change.arrival is not None and change.arrival.boot_id == boot_id():
+        return None
+    return _begin(change, by, log)
+
+
+def _disarm_hardware_watchdog(change: KernelChange, log: Log) -> None:
+    """Before anything is loaded: this kernel does not hang, and a reset would end the guests that run by then."""
+    if change.watchdog_s and (why := HardwareWatchdog().disarm_former()):
+        log("arrival.hardware_watchdog", why=why)
+
+
+def examine(intent: Intent, folder: str, by: By, log: Log, begun: Arrival | None = None) -> Arrival:
     """Set the clock, count the boot, and decide for each guest whether it may be loaded here. Repeated without harm.
 
-    A guest whose memory may not be what it was is ``gone`` by its claims: it is never loaded.
+    A guest whose memory may not be what it was is ``gone`` by its claims: it is never loaded. ``begun``: by root, who has set the clock.
     """
     change = intent.kernel_change
     assert change is not None  # noqa: S101 - of the callers
     arrival = change.arrival
     if arrival is None or arrival.boot_id != boot_id():
-        arrival = _begin(change, by, log)
+        arrival = change.arrival = begun if begun is not None else _begin(change, by, log)
         intent.fired = None  # its instants are of the other boot
     elif by != "guard" and not any(each.end == "running" for each in arrival.vms.values()):
         arrival.by = by
@@ -138,7 +178,11 @@ def _begin(change: KernelChange, by: By, log: Log) -> Arrival:
         clock, elapsed_s = _set_clock(left, log)
         up_s = time.clock_gettime(time.CLOCK_BOOTTIME)
         phases = {"jump": elapsed_s - up_s, "boot": up_s}
+    before = change.arrival  # of a boot in between, which was counted
     change.arrival = Arrival(boot_id(), os.uname().release, by, clock, time.time(), phases=phases)
+    if left is not None:
+        seen_at = max(left.pair.realtime, before.at if before is not None else 0.0)
+        change.arrival.unseen_s = left.pair.realtime + phases["jump"] - seen_at
     return change.arrival
 
 
@@ -176,13 +220,25 @@ def _doubts(intent: Intent, change: KernelChange, arrival: Arrival, folder: str,
     doubts = [
         each for each in (boot_counters.counters_error(on_disk, in_carve_out, intent.operation),) if each
     ]
-    gap_s = arrival.phases.get("jump", 0.0)
-    if gap_s > MAX_GAP_S and on_disk is not None and on_disk.count <= 1:
+    gap_s = min(arrival.unseen_s, _since_last_try_s(intent, arrival, change.left))
+    if gap_s > MAX_GAP_S:
         doubts.append(
-            f"{gap_s:.0f} s from the leaving of the former kernel to the start of this one, more than {MAX_GAP_S:g} s: another "
+            f"{gap_s:.0f} s from the last sign of the kernels before it to the start of this one, more than {MAX_GAP_S:g} s: another "
             "system may have run in between"
         )
     return doubts
+
+
+def _since_last_try_s(intent: Intent, arrival: Arrival, left: Left) -> float:
+    """From the last try of a kernel before this one to load a guest, to this one's start, in seconds: each leaves a note."""
+    began_at = left.pair.realtime + arrival.phases.get("jump", 0.0)
+    tries = [
+        each
+        for plan in intent.plans
+        if isinstance(plan, ReplacePlan)
+        for each in claims.tried_at(plan.claims)
+    ]
+    return min((began_at - each for each in tries if each <= began_at), default=math.inf)
 
 
 def _admit(plan: ReplacePlan, arrival: Arrival, wrong: str, log: Log) -> None:
@@ -352,9 +408,16 @@ def _phase(arrival: Arrival, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _one_at_a_time(folder: str) -> Iterator[None]:
+def _one_at_a_time(folder: str, log: Log) -> Iterator[None]:
     """So that two arrivals do not measure each other. One that hangs does not keep the next one from trying: claims decide."""
-    handle = os.open(f"{folder}/arrival.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        handle = os.open(
+            f"{folder}/arrival.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        )
+    except OSError as error:
+        log("arrival.no_lock", why=str(error))
+        yield
+        return
     try:
         with suppress(OSError):
             give_to_owner(handle, folder)

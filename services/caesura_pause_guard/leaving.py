@@ -144,8 +144,6 @@ class Leaving:
         self._check(plans, by)
         claimed: list[ReplacePlan] = []
         try:
-            if change.watchdog_s and (why := self._kernel.arm_watchdog(change.watchdog_s)):
-                self._log("guard.no_hardware_watchdog", why=why)
             self._bounded("boot counters", lambda: self._reset_counters(intent, change))
             with suppress(CallTimeout):
                 within(max(0.01, min(_SYNC_S, by - time.monotonic())), self._kernel.sync, key="sync")
@@ -167,6 +165,9 @@ class Leaving:
     def _jump(self, change: KernelChange, by: float) -> None:
         if time.monotonic() >= by:
             raise GuardRefusal("it was too late to leave the kernel")
+        # The last act: were this guard killed with it armed, the hardware would reset a host whose guests run again.
+        if change.watchdog_s and (why := self._kernel.arm_watchdog(change.watchdog_s)):
+            self._log("guard.no_hardware_watchdog", why=why)
         self._log("guard.leaves", to=change.expected_release)
         self._kernel.start_loaded()
         raise GuardRefusal("the loaded kernel was not started")

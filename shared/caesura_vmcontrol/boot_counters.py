@@ -9,7 +9,9 @@ carve-out used that memory as its own: it leaves the two counters different, and
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import asdict, dataclass
 
 from caesura_vmcontrol.durable_files import write_durably
@@ -39,7 +41,13 @@ def raise_counter(folder: str, boot_id: str) -> BootCounter | None:
     if counter is None or counter.boot_id == boot_id:
         return counter
     raised = BootCounter(counter.operation, counter.count + 1, boot_id)
-    _write(folder, raised)
+    try:
+        _write(folder, raised)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # No space for another file, and guests wait: in its place. Torn by a crash it cannot be read, and then nothing is loaded.
+        _write_over(folder, raised)
     return raised
 
 
@@ -69,5 +77,19 @@ def counters_error(on_disk: BootCounter | None, in_carve_out: BootCounter | None
     return ""
 
 
+def _write_over(folder: str, counter: BootCounter) -> None:
+    handle = os.open(f"{folder}/{_NAME}", os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        data = _data(counter)
+        os.ftruncate(handle, os.pwrite(handle, data, 0))
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _data(counter: BootCounter) -> bytes:
+    return json.dumps(asdict(counter)).encode()
+
+
 def _write(folder: str, counter: BootCounter) -> None:
-    write_durably(folder, _NAME, json.dumps(asdict(counter)).encode())
+    write_durably(folder, _NAME, _data(counter))

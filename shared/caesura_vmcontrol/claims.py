@@ -256,6 +256,15 @@ def tries(folder: str) -> int:
     return numbers[-1] if numbers else 0
 
 
+def tried_at(folder: str) -> list[float]:
+    """When the last tries failed, s on the CLOCK_REALTIME of then."""
+    found = []
+    for number in _failure_numbers(folder):
+        with suppress(OSError):
+            found.append(os.lstat(f"{folder}/failure-{number}").st_mtime)
+    return found
+
+
 def retry_in_s(folder: str) -> float:
     """Seconds until another try is due: none for the first tries, then more and more. Every process that tries keeps to it."""
     number = tries(folder)

@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 _NONE = bytes(16)
+_BY_STATFS = "fsid:"
 
 
 class _Question(NamedTuple):
@@ -61,7 +62,29 @@ def file_system_id(handle: int) -> str:
     for each in (*_asked(handle), *_read(os.fstat(handle).st_dev)):
         if each != _NONE:
             return str(uuid.UUID(bytes=each))
-    return f"fsid:{os.fstatvfs(handle).f_fsid:016x}"
+    return f"{_BY_STATFS}{os.fstatvfs(handle).f_fsid:016x}"
+
+
+def same_file_system(one: str, other: str) -> bool:
+    """Whether two ids, taken in two boots or by two users, are of one file system. Pure.
+
+    A kernel before 6.0 does not say the UUID of ext4, and only root reads it from the superblock; but what statfs says of ext4 is that
+    UUID's halves, combined by exclusive or (``uuid_to_fsid`` of include/linux/statfs.h). What XFS says there is never equal.
+    """
+    if one == other:
+        return True
+    uuids = [each for each in (one, other) if not each.startswith(_BY_STATFS)]
+    return len(uuids) == 1 and _by_statfs(uuids[0]) in (one, other)
+
+
+def _by_statfs(text: str) -> str:
+    """What statfs says of an ext4 with this UUID; empty: it is none."""
+    try:
+        data = uuid.UUID(text).bytes
+    except ValueError:
+        return ""
+    number = int.from_bytes(data[:8], "little") ^ int.from_bytes(data[8:], "little")
+    return f"{_BY_STATFS}{number:016x}"
 
 
 def _asked(handle: int) -> Iterator[bytes]:

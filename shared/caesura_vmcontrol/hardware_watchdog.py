@@ -1,5 +1,8 @@
 """The host's hardware watchdog: it resets a host that hangs between two kernels, where none of our programs exists."""
 
+# light imports on purpose: no pathlib here.
+# ruff: noqa: PTH123
+
 from __future__ import annotations
 
 import fcntl
@@ -9,6 +12,7 @@ from contextlib import suppress
 
 _DEVICE = "/dev/watchdog"
 _SETTIMEOUT = 0xC0045706  # WDIOC_SETTIMEOUT of include/uapi/linux/watchdog.h
+_NO_WAY_OUT = "/sys/class/watchdog/watchdog0/nowayout"
 _GOODBYE = b"V"  # an orderly end (Documentation/watchdog/watchdog-api.rst, "magic close")
 
 
@@ -17,14 +21,21 @@ class HardwareWatchdog:
 
     Args:
         device: another one in tests only.
+        no_way_out: the file that says whether it can never be disarmed; another one in tests only.
     """
 
-    def __init__(self, device: str = _DEVICE) -> None:
+    def __init__(self, device: str = _DEVICE, no_way_out: str = _NO_WAY_OUT) -> None:
         self._device = device
+        self._no_way_out = no_way_out
         self._handle: int | None = None
 
     def arm(self, seconds: int) -> str:
-        """Have it reset the host after that; why not, if not."""
+        """Have it reset the host after that; why not, if not.
+
+        One that cannot be disarmed is not armed: it would reset a host that was not left after all, and one that has arrived.
+        """
+        if self._cannot_be_disarmed():
+            return f"{self._device}: it cannot be disarmed again (nowayout)"
         try:
             self._handle = os.open(self._device, os.O_WRONLY | os.O_CLOEXEC)
             fcntl.ioctl(self._handle, _SETTIMEOUT, struct.pack("i", seconds))
@@ -32,6 +43,13 @@ class HardwareWatchdog:
             self.disarm()
             return f"{self._device}: {error.strerror or error}"
         return ""
+
+    def _cannot_be_disarmed(self) -> bool:
+        try:
+            with open(self._no_way_out, encoding="ascii") as file:
+                return file.read().strip() == "1"
+        except OSError:
+            return False  # a kernel without that file
 
     def disarm(self) -> None:
         """The host does not hang."""

@@ -84,6 +84,8 @@ class Arrival:
     """Why guests' memory may not be what it was; then none of them is loaded."""
     phases: dict[str, float] = field(default_factory=dict)
     """What the pause consists of, as far as it is known: name to seconds."""
+    unseen_s: float = 0.0
+    """From the leaving of the former kernel, or the arrival in another boot since, to the start of this boot's kernel, s."""
 
 
 @dataclass
@@ -154,4 +156,5 @@ def _arrival(data: Any) -> Arrival:
         vms,
         [str(each) for each in data["doubts"]],
         {str(name): float(seconds) for name, seconds in data["phases"].items()},
+        float(data.get("unseen_s", 0.0)),
     )

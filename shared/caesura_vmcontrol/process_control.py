@@ -25,6 +25,8 @@ from caesura_vmcontrol.procfs import (
     thread_states,
 )
 
+QEMU_MARK = "CAESURA_QEMU"
+"""The variable in the environment of every QEMU that a host updater starts; its value says whose VM it is."""
 _HOLD_S = 0.1  # s: a stop signal takes effect when the kernel next schedules the thread
 _STEP_S = 0.001
 LOG_S = 0.1  # s: to open or read a log; some microseconds are usual

@@ -13,7 +13,7 @@ import os
 import stat
 from dataclasses import dataclass
 
-from caesura_vmcontrol.file_system_ids import file_system_id
+from caesura_vmcontrol.file_system_ids import file_system_id, same_file_system
 from caesura_vmcontrol.mounts import Mount, mount_of, read_mounts
 
 _WITH_DAX = frozenset(("ext4", "xfs"))
@@ -52,7 +52,7 @@ def find_error(path: str, identity: RamIdentity) -> str:
         return f"the guest's RAM file {path} is gone"
     except OSError as error:
         return f"the guest's RAM file {path} cannot be looked at: {error.strerror or error}"
-    if there.fs_id != identity.fs_id:
+    if not same_file_system(there.fs_id, identity.fs_id):
         return f"the guest's RAM file {path} is on another file system than it was"
     if there.inode != identity.inode:
         return f"the guest's RAM file {path} was deleted and created again"

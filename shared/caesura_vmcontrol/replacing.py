@@ -138,6 +138,25 @@ def _check_arrived(plan: ReplacePlan) -> None:
         )
 
 
+def give_up(plan: ReplacePlan, why: str) -> None:
+    """Decide that a guest of another boot is lost, where nobody is left to examine its memory: it would wait in its files indefinitely.
+
+    Nothing is decided where it was examined in this boot, or a process has it.
+
+    Raises:
+        OSError: it cannot be decided now.
+    """
+    if not of_another_boot(plan):
+        return
+    check_place(plan)
+    if not os.path.isdir(plan.claims) or claims.admitted(plan.claims, boot8()):
+        return
+    number, owner = claims.current(plan.claims)
+    if owner is None or owner.kind in ("file", "left"):
+        claims.note_failure(plan.claims, why)
+        _claim(plan, number + 1, "gone")
+
+
 def _stay(plan: ReplacePlan, number: int, owner: Owner) -> None:
     """The guard that was about to leave the kernel did not, or it is another kernel's turn: the guest is in the file again."""
     leaves = of_this_boot(plan, owner) and owner.pid != os.getpid() and alive(owner.pid, owner.start_ticks)

@@ -187,6 +187,17 @@ class Watchdog:
         intent.fired = fired
         self.look_again()
         self._log("guard.fired", operation=intent.operation, why=fired.why, state=self.state)
+        if _is_rehearsal_that_did_not_leave(intent):
+            self._forget()
+
+    def _forget(self) -> None:
+        """Nobody is left to acknowledge it, and nothing was paused: it must not keep the next operation out."""
+        try:
+            self._store.clear()
+        except OSError as error:
+            self._log("guard.not_cleared", why=str(error))
+            return  # its owner, or the updater's next start, acknowledges it
+        self._intent = None
 
     def look_again(self) -> None:
         """Something happened: if the guard fired, look at every VM once more, whatever was seen before.
@@ -412,3 +423,9 @@ class Watchdog:
             self._unstored_since = self._clock()
         else:
             self._unstored_since = None
+
+
+def _is_rehearsal_that_did_not_leave(intent: Intent) -> bool:
+    """Of a kernel change without guests, which the command that armed it has ended before the kernel was left."""
+    change = intent.kernel_change
+    return change is not None and change.rehearsal and change.arrival is None and not intent.plans

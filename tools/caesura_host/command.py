@@ -222,6 +222,7 @@ def prepare_kexec(
         if mode == "apply":
             found.apply(wanted, now(), say)
         elif mode == "undo":
+            found.check_idle(known.get("STATE_DIR", state_dir), known.get("CARVE_OUT", carve_out))
             left = found.undo(now(), say)
         made = now()
         prepared = all(step.done for step in made)

@@ -25,6 +25,7 @@ from caesura_host.preparation import (
     settings_of,
     with_block,
 )
+from caesura_vmcontrol.intent import IntentFile, UnreadableIntent
 from caesura_vmcontrol.mounts import mount_of, mounts_in
 
 DEVICE = "/dev/pmem0"
@@ -203,8 +204,9 @@ class HostFolder:
             folder.mkdir(mode=0o700, exist_ok=True)
             if owner.exists():
                 found = owner.stat()
-                os.chown(folder, found.st_uid, found.st_gid)
-                os.chown(place, found.st_uid, found.st_gid)
+                # From the second time on that user may have put something in their place.
+                os.chown(folder, found.st_uid, found.st_gid, follow_symlinks=False)
+                os.chown(place, found.st_uid, found.st_gid, follow_symlinks=False)
 
     def _systemd(self, say: Callable[[str], None]) -> None:
         say("systemctl enable caesura-arrive.service")
@@ -232,6 +234,28 @@ class HostFolder:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise HostError(f"{step.path} cannot be written: {error.strerror}. Run it as root") from error
+
+    def check_idle(self, state_dir: str, carve_out: str) -> None:
+        """Whether the host needs none of what was prepared just now.
+
+        Raises:
+            HostError: its kernel is being changed, or a guest waits in its files, or runs, with its memory in the carve-out.
+        """
+        try:
+            intent = IntentFile(str(self._place(state_dir))).read()
+        except (OSError, UnreadableIntent) as error:
+            raise HostError(
+                f"what the pause guard holds cannot be read, so nothing is removed: {error}"
+            ) from error
+        if intent is not None and intent.kernel_change is not None:
+            raise HostError(
+                f"the kernel is being changed (operation {intent.operation}), and needs this to continue its guests: wait until it has ended"
+            )
+        there = sorted(str(path) for path in self._place(carve_out).glob("ram/*/*.ram"))
+        if there:
+            raise HostError(
+                f"guests have their memory in the carve-out ({', '.join(there)}): set [kernel] kexec = false, and start them again first"
+            )
 
     def undo(self, found: Sequence[Step], say: Callable[[str], None]) -> list[str]:
         """Remove our files and lines. The carve-out's file system stays: its content is the operator's.

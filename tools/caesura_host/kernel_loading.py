@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def load_kernel(
         raise HostError(
             "the running kernel has no carve-out (memmap=SIZE!START): see caesura host prepare-kexec --check"
         )
+    # Killed midway, a record of the kernel that was loaded before would be one of this kernel.
+    (root / RECORD[1:]).unlink(missing_ok=True)
     words = ("-l", kernel, f"--initrd={initrd}", f"--command-line={command_line}")
     try:
         run(("kexec", "-s", *words))
@@ -85,8 +88,14 @@ def _write(path: Path, data: bytes) -> None:
     temporary = path.with_suffix(".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
-        temporary.write_bytes(data)
-        temporary.chmod(0o644)  # the host updater reads it, as a user of its own
+        # The folder is the host updater's: what it put there is removed, never followed.
+        temporary.unlink(missing_ok=True)
+        handle = os.open(
+            temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644
+        )
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(handle, 0o644)  # the host updater reads it, as a user of its own
+            file.write(data)
         temporary.replace(path)
     except OSError as error:
         raise HostError(

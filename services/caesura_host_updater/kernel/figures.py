@@ -32,6 +32,8 @@ def read_figures(folder: Path) -> tuple[KernelFigure, ...]:
 
 def add_figure(folder: Path, figure: KernelFigure) -> tuple[KernelFigure, ...]:
     """Keep a measurement; all of them now. Blocking. Raises OSError."""
-    figures = newest_of_each((*read_figures(folder), figure))
+    # Whatever the clock said at the one before it: that was measured earlier.
+    others = (each for each in read_figures(folder) if each.to != figure.to)
+    figures = newest_of_each((*others, figure))
     write_durably(str(folder), FILE, msgspec.json.encode(figures))
     return figures

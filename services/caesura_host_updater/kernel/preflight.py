@@ -41,6 +41,8 @@ class KernelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Those of Caesura's own programs and of brokers that run on this host."""
     broker_here: str = ""
     """The broker's address, where that is this host's."""
+    foreign_guests: tuple[str, ...] = ()
+    """VMMs on this host that no host updater has started."""
 
 
 def obstacles(facts: KernelFacts) -> Iterator[str]:
@@ -57,6 +59,11 @@ def obstacles(facts: KernelFacts) -> Iterator[str]:
         yield "the pause guard, which leaves the kernel, cannot be seen: is caesura-pause-guard.service up?"
     elif not facts.guard_capabilities >> CAP_SYS_BOOT & 1:
         yield f"the pause guard may not leave the kernel (CAP_SYS_BOOT): {CHECK}"
+    if facts.foreign_guests:
+        yield (
+            f"{', '.join(facts.foreign_guests)} is not a VM of this host updater, and its guest would end with this kernel: "
+            "shut it down or move it away"
+        )
     if facts.services:
         yield (
             f"{', '.join(facts.services)} on this host would be away in the pause of its VMs: a host that starts another kernel "

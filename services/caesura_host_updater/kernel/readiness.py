@@ -25,12 +25,16 @@ from caesura_host_updater.kernel.preflight import (
 )
 from caesura_vmcontrol.kernel_change import KernelChange
 from caesura_vmcontrol.mounts import mounts_in
+from caesura_vmcontrol.process_control import QEMU_MARK
 from caesura_vmcontrol.ram_places import carve_out_error
 
 _LOOK_S = 10.0  # s: between two looks for the inventory
 _READ_S = 5.0  # s: for one look, which takes milliseconds
 _OF_THE_FLEET = ("caesura-coordinator", "caesura-metadata-publisher", "caesura-metrics-exporter")
 _BROKERS = ("mosquitto", "nats-server", "emqx", "rabbitmq-server")
+_VMMS = ("qemu-system-", "qemu-kvm", "firecracker", "cloud-hyperviso", "crosvm", "VBoxHeadless")
+"""As ``comm`` has them: its first 15 characters."""
+_OURS = f"{QEMU_MARK}=".encode()
 _TEXT = 1000  # characters of a problem: an inventory holds several
 
 _log = get_logger("caesura.kernel")
@@ -152,6 +156,7 @@ class KernelReadiness:
             guard_capabilities=_capabilities(proc, self._guard_pid()),
             services=_services(proc),
             broker_here=self._broker_host if _is_here(self._broker_host) else "",
+            foreign_guests=_foreign_guests(proc),
         )
         return facts, read_figures(self._state_dir)
 
@@ -194,6 +199,26 @@ def _services(proc: Path) -> tuple[str, ...]:
             name = os.path.basename(word.decode(errors="replace"))  # noqa: PTH119 - a word, not one of our paths
             if name in _OF_THE_FLEET or name in _BROKERS:
                 found.add(name)
+    return tuple(sorted(found))
+
+
+def _foreign_guests(proc: Path) -> tuple[str, ...]:
+    """VMMs that no host updater has started: their guests would end with this kernel. Another user's cannot be looked into, and is one."""
+    found = []
+    for folder in proc.iterdir():
+        if not folder.name.isdigit():
+            continue
+        name = _optional(folder / "comm")
+        if not name.startswith(_VMMS):
+            continue
+        try:
+            environ = (folder / "environ").read_bytes()
+        except PermissionError:
+            environ = b""
+        except OSError:
+            continue  # it has ended
+        if not any(each.startswith(_OURS) for each in environ.split(b"\0")):
+            found.append(f"{name} (pid {folder.name})")
     return tuple(sorted(found))
 
 

@@ -39,25 +39,37 @@ from caesura_host_updater.operation.vm_actions import started
 from caesura_host_updater.pause_markers import PauseMarkers, how_to_resume
 from caesura_host_updater.update_process import end_orphans
 from caesura_host_updater.vm_view import STATES_S, plan_of
+from caesura_vmcontrol.boots import of_another_boot
+from caesura_vmcontrol.claims import BadClaim
 from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.kernel_change import HostClock
 from caesura_vmcontrol.procfs import boot_id
+from caesura_vmcontrol.qemu_plans import ReplacePlan
+from caesura_vmcontrol.replacing import give_up
 
 _RESUME_TRY_S = 0.25  # s: one try of a resume
 _ORPHANS_S = 10.0  # s: to find what an update left behind; stuck processes take half a second each
 _PATIENCE_S = 10.0  # s: VMs found frozen are retried this long before the host joins the bus without them
+_NOBODY = "the pause guard has no record of its operation, or says that its memory is lost: nothing shows what became of its memory"
 _ASK_S = 1.0  # s: between two questions to the guard about VMs that wait in their files
 
 _log = get_logger("caesura.recovery")
 
 
-async def resume_until_running(driver: Driver, vm: str) -> str:
-    """Try until the VM runs, is gone, or is left to somebody else: ``running``, ``gone`` or ``left``."""
+async def resume_until_running(
+    driver: Driver, vm: str, failed: Callable[[str], Awaitable[None]] | None = None
+) -> str:
+    """Try until the VM runs, is gone, or is left to somebody else: ``running``, ``gone`` or ``left``.
+
+    ``failed`` is called with its name after each try that was in vain.
+    """
     while True:
         try:
             return await driver.resume(vm, _RESUME_TRY_S)
         except NotRunningYet as error:
             _log.error("vm.not_resumed_yet", vm=vm, why=error.why)
+            if failed is not None:
+                await failed(vm)
         except Exception as error:  # noqa: BLE001 - whatever it is, the VM must run: log it and continue
             _log.error("vm.resume_failed", vm=vm, why=repr(error))
             await asyncio.sleep(_RESUME_TRY_S)
@@ -259,7 +271,7 @@ class CrashRecovery:
         settled = self._settled = {vm: asyncio.Event() for vm in ours}
 
         async def resume(vm: str) -> None:
-            if await resume_until_running(self._driver, vm) == "running":
+            if await resume_until_running(self._driver, vm, self._give_up) == "running":
                 self._resumed[vm] = time.monotonic()
             self._pauses.remove([vm])
             settled[vm].set()
@@ -281,6 +293,22 @@ class CrashRecovery:
         # Those of VMs that run (an updater that died between marker and freeze, or between resume and removal), that
         # ended, that somebody else has paused since, or that are not in the host file any more.
         self._pauses.remove(vm for vm in marked if vm not in ours)
+
+    async def _give_up(self, vm: str) -> None:
+        """A VM of another boot whose operation the guard does not hold, or knows to be lost, waits in its files for nobody.
+
+        The guard's record may have been garbled, or its carve-out have come too late.
+        """
+        plan = plan_of(self._driver, vm)
+        if not isinstance(plan, ReplacePlan) or not of_another_boot(plan):
+            return
+        try:
+            record = await self._guard.held()
+            if _waits_for(record, plan):
+                return
+            await in_thread(f"give up {vm}", lambda: give_up(plan, _NOBODY))
+        except (GuardUnavailable, OSError, BadClaim) as error:
+            _log.error("vm.not_given_up", vm=vm, why=str(error))
 
     @property
     def resuming(self) -> frozenset[str]:
@@ -383,6 +411,16 @@ class CrashRecovery:
         states = await states_within(self._driver, STATES_S)
         report = final_report(self._host, command, op, epoch, states, datetime.now(UTC))
         return report, op, messages, waits
+
+
+def _waits_for(record: Intent | None, plan: ReplacePlan) -> bool:
+    """Whether the guard holds this very operation, and does not say that the VM is lost."""
+    change = record.kernel_change if record is not None else None
+    if record is None or change is None:
+        return False
+    there = change.arrival.vms.get(plan.vm) if change.arrival is not None else None
+    held = any(isinstance(each, ReplacePlan) and each.claims == plan.claims for each in record.plans)
+    return held and (there is None or there.end != "lost")
 
 
 def _left_its_kernel(entry: JournalEntry) -> bool:

@@ -33,7 +33,8 @@ def arrived(op: Operation, change: KernelChange | None, *, wall_s: float, now: f
     left = change.left if change is not None else None
     arrival = change.arrival if change is not None else None
     if left is None:
-        return _reset(op, arrival, wall_s - now)
+        why = "the host was reset while its VMs were paused" if change is not None else _NO_RECORD
+        return _reset(op, arrival, wall_s - now, why)
     op = _in_this_boot(op, left, wall_s - now)
     if arrival is None or arrival.doubts:
         return _lost(op, "; ".join(arrival.doubts) if arrival is not None else _NO_RECORD)
@@ -80,6 +81,8 @@ def figure_of(op: Operation, change: KernelChange | None, at: datetime) -> Kerne
     if any(vm.end != "running" or vm.called_at is None for vm in op.vms):
         return None
     seconds = max(vm.pause_s for vm in op.vms)
+    if seconds <= 0:  # the clock was set back
+        return None
     return KernelFigure(to=change.arrival.release, former=change.left.release, seconds=seconds, at=at)
 
 
@@ -166,7 +169,7 @@ def _lost(op: Operation, why: str) -> Operation:
     )
 
 
-def _reset(op: Operation, arrival: Arrival | None, offset_s: float) -> Operation:
+def _reset(op: Operation, arrival: Arrival | None, offset_s: float, why: str) -> Operation:
     """The host was reset before it left: how long its VMs were paused is not known, for no clock of the former boot was kept."""
     vms = []
     for vm in op.vms:
@@ -180,11 +183,10 @@ def _reset(op: Operation, arrival: Arrival | None, offset_s: float) -> Operation
                 )
             )
         else:
-            why = found.why if found is not None else ""
-            vms.append(msgspec.structs.replace(gone, end="gone", error=vm.error or why or _NO_RECORD))
+            said = found.why if found is not None else ""
+            vms.append(msgspec.structs.replace(gone, end="gone", error=vm.error or said or _NO_RECORD))
     op = msgspec.structs.replace(op, vms=tuple(vms), phase="ended", wake_at=None)
     lost = ", ".join(vm.vm for vm in vms if vm.end == "gone")
-    why = "the host was reset while its VMs were paused"
     op = failed(
         op, "memory_lost" if lost else "host_rebooted", f"{why}; memory lost of VM {lost}" if lost else why
     )

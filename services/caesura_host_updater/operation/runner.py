@@ -15,7 +15,13 @@ from caesura.contract.reasons import ReasonCode
 from caesura.lifecycle.proof import SUCCEEDING
 from caesura.runtime.errors import StoreError
 from caesura.runtime.logs import get_logger
-from caesura_host_updater.drivers.port import Driver, DriverError, MembershipCapable, guard_plan
+from caesura_host_updater.drivers.port import (
+    Driver,
+    DriverError,
+    MembershipCapable,
+    guard_plan,
+    states_within,
+)
 from caesura_host_updater.guard_client import GuardUnavailable
 from caesura_host_updater.inventory.updates import UpdateFile
 from caesura_host_updater.journal import JournalThread
@@ -67,6 +73,7 @@ from caesura_vmcontrol.kernel_change import KernelChange
 from caesura_vmcontrol.resume_plans import ResumePlan
 
 _PUBLISH_S = 0.5  # s: for the broker to have the facts of a pause before the host leaves it
+_STATES_S = 0.5  # s: to read the states of all VMs, which takes milliseconds; others are paused then
 _FLUSH_S = 2.0  # s: for the journal to write what was posted, before the guard releases the operation
 
 _log = get_logger("caesura.pause")
@@ -319,16 +326,32 @@ class OperationRunner:
             why = "this host starts no kernel under its VMs"
         else:
             try:
-                why = await self._kernels.error(release, self.state.budget_s)
+                why = await self._left_out() or await self._kernels.error(release, self.state.budget_s)
             except Exception as error:
                 self._events.put_nowait(KernelNotReady(repr(error)))
                 raise
         self._events.put_nowait(KernelNotReady(why) if why else KernelReady())
 
+    async def _left_out(self) -> str:
+        """Which VMs are not of this operation and would end with this kernel: started since it was commanded. Empty: none."""
+        named = {vm.vm for vm in self.state.vms}
+        states = await states_within(self._driver, _STATES_S)
+        if not named <= states.keys():
+            return "the states of this host's VMs cannot be read"
+        left = [f"{vm} is {state}" for vm, state in states.items() if vm not in named and state != "stopped"]
+        return (
+            f"VM {', VM '.join(left)}, not part of the operation, and would end with this kernel"
+            if left
+            else ""
+        )
+
     async def _leave(self, by: float) -> None:
         """Facts to the broker, for a moment; the journal to the disk, without which nothing is known after the jump; then go."""
         if self._published is not None:
             await self._published(_PUBLISH_S)
+        if why := await self._left_out():
+            self._events.put_nowait(NotLeft(why))
+            return
         try:
             async with asyncio.timeout(max(0.0, by - time.monotonic())):
                 await self._journal.do(lambda _: None)  # everything posted before it is on the disk

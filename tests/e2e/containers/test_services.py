@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -70,7 +71,8 @@ async def fleet(
 async def test_a_rollout_over_containers(fleet: Any) -> None:
     state = await fleet.ended(await fleet.roll(budget_s=BUDGET_S, on_unproven="proceed"))
     assert state.status == "completed", state.reason
-    assert [each for each in fleet.freezers.seen if each] == [("web-1",), ("web-2",)]
+    # While it freezes a cgroup of version 1, runc thaws it for a moment now and then (libcontainer, fs/freezer.go): one pause all the same.
+    assert [each for each, _ in groupby(filter(None, fleet.freezers.seen))] == [("web-1",), ("web-2",)]
     assert fleet.freezers.longest_s < patient(BUDGET_S)
     fleet.assert_one_end_each()
     inventory = fleet.fleet_view.hosts["host-1"]

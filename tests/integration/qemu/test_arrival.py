@@ -24,7 +24,7 @@ import pytest
 from caesura_testing.patience import patient
 from caesura_vmcontrol import boot_counters, claims
 from caesura_vmcontrol.intent import Intent, IntentFile
-from caesura_vmcontrol.kernel_change import Arrival, ClockPair, KernelChange, Left
+from caesura_vmcontrol.kernel_change import Arrival, ClockPair, HostClock, KernelChange, Left
 from caesura_vmcontrol.process_control import find_by_env
 from caesura_vmcontrol.procfs import alive, boot_id, read_process
 from caesura_vmcontrol.qemu_plans import AcrossBoots, ReplacePlan, Vmm
@@ -468,3 +468,67 @@ def test_the_ordinary_guard_examines_again_what_it_could_not_at_its_start(host: 
     finally:
         guard.kill()
         guard.wait()
+
+
+@pytest.mark.parametrize("tried", [False, True], ids=["nothing was seen of it", "it tried until just before"])
+def test_a_gap_after_a_boot_that_was_counted(host: Host, tried: bool) -> None:
+    """That one did not resume the guest; what ran between it and this one is known only where it gave signs until the end."""
+    up_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+    left_at = time.time() - up_s - 1000.0
+    former = Arrival(NEXT_BOOT, "6.1", "initramfs", HostClock("rtc", None, 1.0), left_at + 20.0)
+    host.leave(left=Left(ClockPair(0, left_at, 0.0), 1.0, "6.1"), arrival=former)
+    for folder in (host.state_dir, host.carve_out):
+        boot_counters.raise_counter(str(folder), NEXT_BOOT)
+    if tried:
+        claims.note_failure(str(host.claims), "QEMU did not start there")
+        note = host.claims / "failure-1"
+        os.utime(note, (left_at + 990.0,) * 2, follow_symlinks=False)
+    assert host.arrive(THIRD_BOOT) == (0 if tried else 5)
+    assert host.runs() == tried
+    assert bool(host.arrival.doubts) != tried
+
+
+def test_a_disk_that_takes_no_record_keeps_no_guest_paused(host: Host) -> None:
+    """Neither the lock nor the arrival can be written down: the claims are in the carve-out."""
+    for name in ("arrival.lock", "guard-intent.json.new"):
+        (host.state_dir / name).mkdir()
+    assert host.arrive() == 0
+    assert host.runs()
+
+
+NOBODY = 65534
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
+@pytest.mark.parametrize("trick", ["none", "lock", "root's plan", "log"])
+def test_root_carries_out_nothing_of_another_user_as_root(host: Host, trick: str) -> None:
+    """The host updater's user wrote the plan, and could name any program, user and file in it."""
+    victim = host.state_dir.parent / "of-root"
+    victim.write_text("")
+    if trick == "lock":
+        (host.state_dir / "arrival.lock").symlink_to(victim)
+    elif trick == "log":
+        host.plan = replace(host.plan, log=str(host.state_dir.parent / "new-file-of-root"))
+    across = host.plan.across
+    assert across is not None
+    user = 0 if trick == "root's plan" else NOBODY
+    host.plan = replace(host.plan, across=replace(across, uid=user, gid=user, groups=(0,)))
+    host.leave()
+    host.run.mkdir()
+    for folder, _, names in os.walk(host.state_dir.parent):
+        if folder != str(host.state_dir.parent):
+            os.chown(folder, NOBODY, NOBODY)
+            for name in names:
+                os.chown(f"{folder}/{name}", NOBODY, NOBODY, follow_symlinks=False)
+    host.state_dir.parent.chmod(0o711)
+    code = host.arrive()
+    assert victim.stat().st_uid == 0, "a file of root's was given away"
+    assert not (host.state_dir.parent / "new-file-of-root").exists()
+    for pid in host.processes():
+        status = Path(f"/proc/{pid}/status").read_text()
+        lines = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+        assert lines["Uid"].split() == [str(NOBODY)] * 4
+        assert "0" not in lines["Groups"].split()
+    if trick in ("none", "root's plan"):
+        assert code == 0
+        assert host.runs()

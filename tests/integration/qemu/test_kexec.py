@@ -9,13 +9,14 @@ from typing import Any
 import msgspec
 import pytest
 
+from caesura_host_updater.drivers.port import NotRunningYet
 from caesura_host_updater.drivers.qemu import driver as driver_module
 from caesura_host_updater.drivers.qemu import kexec_obstacles
 from caesura_host_updater.drivers.qemu.definition import Definition
 from caesura_host_updater.drivers.qemu.process_records import Records
 from caesura_host_updater.inventory.kernel_options import KernelOptions
 from caesura_pause_guard import arrival
-from caesura_vmcontrol import boot_counters, procfs
+from caesura_vmcontrol import boot_counters, procfs, replacing
 from caesura_vmcontrol.intent import Intent, IntentFile
 from caesura_vmcontrol.kernel_change import ClockPair, KernelChange, Left
 
@@ -28,19 +29,32 @@ async def test_off_by_default_and_the_reason_says_how_to_switch_it_on(rig: Any) 
     assert driver.capabilities("a").missing["kexec"] == kexec_obstacles.OFF
 
 
-@pytest.mark.parametrize("same_pid", [False, True])
-async def test_another_boot_has_the_guest(
-    rig: Any, tools: Any, monkeypatch: pytest.MonkeyPatch, *, same_pid: bool
-) -> None:
-    """A boot is much like another: the guest's process may well have the pid that it had in the former one."""
-    carve_out = rig.folder / "carve-out"
-    kernel = KernelOptions(kexec=True, carve_out=str(carve_out), early=False)
+@pytest.fixture
+def carve_out(rig: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in its place; the host allows the method."""
+    folder: Path = rig.folder / "carve-out"
+    kernel = KernelOptions(kexec=True, carve_out=str(folder), early=False)
     real = driver_module.QemuDriver
     monkeypatch.setattr(kexec_obstacles, "dax_error", lambda _: "")
     monkeypatch.setattr(arrival, "carve_out_error", lambda _: "")
     monkeypatch.setitem(
         rig.build.__func__.__globals__, "QemuDriver", lambda *a, **k: real(*a, **k, kernel=kernel)
     )
+    return folder
+
+
+def another_boot(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on."""
+    next_boot: Path = rig.folder / "boot"
+    next_boot.write_text("bbbbbbbb-0000-4000-8000-000000000002")
+    monkeypatch.setattr(procfs, "BOOT_ID", str(next_boot))
+
+
+@pytest.mark.parametrize("same_pid", [False, True])
+async def test_another_boot_has_the_guest(
+    rig: Any, tools: Any, carve_out: Path, monkeypatch: pytest.MonkeyPatch, *, same_pid: bool
+) -> None:
+    """A boot is much like another: the guest's process may well have the pid that it had in the former one."""
     driver = await rig.open({"a": SMALL}, ram_dir=f"{carve_out}/ram")
     assert "kexec" in driver.capabilities("a").methods, driver.capabilities("a").missing
     state_dir = rig.folder / "state"
@@ -55,9 +69,7 @@ async def test_another_boot_has_the_guest(
         Intent("op-1", procfs.boot_id(), 0.0, 1.0, (plan,), kernel_change=change)
     )
     await rig.crash()
-    next_boot: Path = rig.folder / "boot"
-    next_boot.write_text("bbbbbbbb-0000-4000-8000-000000000002")  # noqa: ASYNC240
-    monkeypatch.setattr(procfs, "BOOT_ID", str(next_boot))
+    another_boot(rig, monkeypatch)
     assert arrival.arrive(str(state_dir), "initramfs", lambda *_, **__: None) == 0
     if same_pid:
         records = Records(state_dir / "vms")
@@ -69,3 +81,24 @@ async def test_another_boot_has_the_guest(
     await rig.only(tools.pid_of(driver, "a"))
     assert list((carve_out / "ram").rglob("*.ram")), "its memory is there"
     assert driver.health_error("a") == ""
+
+
+async def test_a_guest_that_is_given_up_is_gone_for_its_driver(
+    rig: Any, tools: Any, carve_out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has a record of the operation: it waits in its files until that is decided."""
+    driver = await rig.open({"a": SMALL}, ram_dir=f"{carve_out}/ram")
+    await driver.prepare("a", "op-1", "kexec", "")
+    await driver.checkpoint("a", tools.soon())
+    await rig.crash()
+    another_boot(rig, monkeypatch)
+    driver = await rig.open({"a": SMALL}, ram_dir=f"{carve_out}/ram")
+    assert driver.states() == {"a": "paused"}
+    with pytest.raises(NotRunningYet, match="not examined"):
+        await driver.resume("a", 0.2)
+    replacing.give_up(driver.resume_plan("a"), "nobody will examine it")
+    assert await driver.resume("a", 10.0) == "gone"
+    await driver.release("a")
+    assert driver.states() == {"a": "stopped"}
+    assert "nobody will examine it" in driver.health_error("a")
+    assert rig.processes() == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from caesura_host.host_files import HostError, HostFolder
 from caesura_host.kernel_command_line import BadCarveOut, next_command_line, parse_carve_out
 from caesura_host.kernel_loading import load_kernel
 from caesura_host.preparation import GRUB, SETTINGS, Step, WantedPreparation, settings_of, steps, with_block
+from caesura_vmcontrol.intent import Intent, IntentFile
+from caesura_vmcontrol.kernel_change import KernelChange
 
 _UUID = "d522221c-b208-43de-9967-f974ae0ee917"
 _FSTAB = "/dev/vda / ext4 defaults 0 1\n"
@@ -148,6 +151,24 @@ def test_undo_leaves_what_somebody_else_wrote(host: _Host) -> None:
     assert new == {hook}
 
 
+@pytest.mark.parametrize("what", ["a change of the kernel", "garbled", "memory"])
+def test_undo_takes_nothing_from_guests_that_need_it(host: _Host, what: str) -> None:
+    wanted = _wanted()
+    state_dir = host.root / wanted.state_dir.lstrip("/")
+    state_dir.mkdir(parents=True)
+    host.folder.check_idle(wanted.state_dir, wanted.carve_out)
+    if what == "a change of the kernel":
+        change = KernelChange("6.1", wanted.carve_out)
+        IntentFile(str(state_dir)).store(Intent("op-1", "boot", 0.0, 1.0, (), kernel_change=change))
+    elif what == "garbled":
+        (state_dir / "guard-intent.json").write_text("{")
+    else:
+        host.put(f"{wanted.carve_out.lstrip('/')}/ram/caesura-host-1/a.ram", "")
+    why = {"a change of the kernel": "operation op-1", "garbled": "cannot be read", "memory": "a.ram"}[what]
+    with pytest.raises(HostError, match=why):
+        host.folder.check_idle(wanted.state_dir, wanted.carve_out)
+
+
 def test_without_grub_the_operator_is_told_the_words(host: _Host) -> None:
     (host.root / "etc/default/grub").unlink()
     host.apply(_wanted(crash_release="6.1.0-1-amd64"))
@@ -255,6 +276,54 @@ def test_a_load_that_did_not_happen_is_noticed(host: _Host) -> None:
 
     with pytest.raises(HostError, match="no kernel is loaded"):
         load_kernel("6.1.0-1-amd64", root=host.root, run=run)
+
+
+def test_no_record_of_another_kernel_is_left(host: _Host) -> None:
+    """Killed after kexec and before it was written down, it would say that the former one is loaded."""
+    host.boot("memmap=4G!8G")
+    host.put("boot/initrd.img-6.1.0-1-amd64", f"etc/caesura/hook-version-{HOOK_VERSION}\n")
+    load_kernel("6.1.0-1-amd64", root=host.root, run=host.run)
+
+    def run(argv: Sequence[str]) -> str:
+        if argv[0] == "kexec":
+            raise KeyboardInterrupt
+        return host.run(argv)
+
+    with pytest.raises(KeyboardInterrupt):
+        load_kernel("6.1.0-1-amd64", root=host.root, run=run)
+    assert not (host.root / "run/caesura/kexec-loaded.json").exists()
+
+
+def test_root_follows_nothing_that_the_host_updater_put_in_its_folder(host: _Host) -> None:
+    """The units make /run/caesura for that user."""
+    host.boot("memmap=4G!8G")
+    host.put("boot/initrd.img-6.1.0-1-amd64", f"etc/caesura/hook-version-{HOOK_VERSION}\n")
+    host.put("etc/shadow", "secret")
+    (host.root / "run/caesura").mkdir(parents=True)
+    (host.root / "run/caesura/kexec-loaded.new").symlink_to(host.root / "etc/shadow")
+    loaded = load_kernel("6.1.0-1-amd64", root=host.root, run=host.run)
+    assert host.text("etc/shadow") == "secret"
+    assert loaded == msgspec.json.decode(host.text("run/caesura/kexec-loaded.json"), type=LoadedKernel)
+    assert (host.root / "run/caesura/kexec-loaded.json").stat().st_mode & 0o777 == 0o644
+
+
+def test_root_gives_away_nothing_that_a_link_in_the_carve_out_names(
+    host: _Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The carve-out belongs to the host updater's user from the first time on; what is made there again may be a link by then."""
+    wanted = _wanted()
+    host.boot("memmap=4G!8G panic=5")
+    host.apply(wanted)
+    (host.root / wanted.state_dir.lstrip("/")).mkdir(parents=True, exist_ok=True)
+    folder = host.root / wanted.carve_out.lstrip("/") / "ram"
+    folder.rmdir()
+    folder.symlink_to(host.root / "etc")
+    followed = []
+    monkeypatch.setattr(
+        os, "chown", lambda path, *_, follow_symlinks=True: followed.append(path) if follow_symlinks else None
+    )
+    host.apply(wanted)
+    assert followed == []
 
 
 def test_where_signatures_are_not_had_the_other_call_is_tried(host: _Host) -> None:

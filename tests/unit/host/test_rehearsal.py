@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -59,8 +60,11 @@ def guard(tmp_path: Path) -> Iterator[Path]:
         stderr=subprocess.PIPE,
     )
     assert process.stderr is not None
-    while not (folder / "guard.sock").exists():
+    while True:  # its socket is there before it listens
         assert process.poll() is None, process.stderr.read().decode()
+        with suppress(HostError):
+            GuardConnection(str(folder)).close()
+            break
         time.sleep(0.01)  # it is not ours to be notified by
     yield folder
     process.terminate()

@@ -163,6 +163,34 @@ def test_an_update_is_applied_by_its_own_method_only(vmm: Any, scope: Any, metho
             assert f"by method {method}" in verdict.why
 
 
+@pytest.mark.parametrize(
+    ("state", "refused"), [("running", True), ("paused", True), ("unknown", True), ("stopped", False)]
+)
+def test_another_kernel_is_not_started_under_a_vm_that_it_would_end(state: VmState, refused: bool) -> None:
+    """One that was started after the plan was made, or that somebody else has paused."""
+    update = UpdateFile(
+        name="patch",
+        impact="pause",
+        scope="host",
+        kernel="kexec",
+        kernel_release="6.1",
+        argv=("/bin/true",),
+        expected_s=1,
+        timeout_s=5,
+    )
+    vms = {
+        name: msgspec.structs.replace(record, methods=("kexec",), state="running" if name == "a" else state)
+        for name, record in host().vms.items()
+    }
+    verdict = judge(
+        command(method="kexec", targets=(_target("a"),), budget_s=30.0),
+        host(catalogue=Catalogue({"patch": update}), vms=vms),
+    )
+    assert isinstance(verdict, Refuse) == refused
+    if isinstance(verdict, Refuse):
+        assert "leaves out b" in verdict.why
+
+
 def test_what_a_swap_does_before_its_pause_needs_no_budget() -> None:
     update = UpdateFile(
         name="patch",

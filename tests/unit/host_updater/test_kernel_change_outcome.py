@@ -87,6 +87,14 @@ def test_all_vms_go_on_and_the_pause_is_measured_over_the_boot() -> None:
     assert figure.seconds == pytest.approx(15.0)
 
 
+def test_a_clock_that_was_set_back_measures_nothing() -> None:
+    """A figure of no seconds would fit every budget."""
+    found = change("a")
+    assert found.arrival is not None
+    found.arrival.vms["a"].running_at = WALL - 3600.0
+    assert figure_of(end_of(operation("a"), found), found, NOW) is None
+
+
 @given(st.floats(1.0, 1e7), st.floats(1.0, 1e7), st.floats(0.0, 300.0))
 def test_the_pause_is_the_same_on_every_clock(before: float, now: float, pause_s: float) -> None:
     op = operation("a")

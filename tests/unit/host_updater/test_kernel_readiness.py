@@ -145,6 +145,13 @@ def test_figures_are_kept_one_for_each_kernel(tmp_path: Path) -> None:
     assert [each.to for each in newest_of_each(many)] == [f"6.1.0-{number}" for number in range(8, 40)]
 
 
+def test_a_figure_of_a_host_whose_clock_was_ahead_is_replaced(tmp_path: Path) -> None:
+    """Otherwise it would be the newest one for years, and every plan be made with it."""
+    for each in (figure(9.0, days=5000), figure(25.0)):
+        add_figure(tmp_path, each)
+    assert [each.seconds for each in read_figures(tmp_path)] == [25.0]
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b'[{"to": 5}]'])
 def test_figures_that_cannot_be_read_plan_nothing(tmp_path: Path, content: bytes) -> None:
     (tmp_path / FILE).write_bytes(content)
@@ -212,6 +219,26 @@ async def test_programs_of_the_fleet_on_the_host_are_seen(
     guard, programs = one.record.problems
     assert "cannot be seen" in guard
     assert programs.startswith("caesura-metrics-exporter on this host")
+
+
+async def test_guests_that_are_not_ours_are_seen(
+    readiness: Callable[..., KernelReadiness], root: Path
+) -> None:
+    """Started by hand, or by libvirt: they are saved by nobody, and would end as by a power cut."""
+    for pid, comm, environ in (
+        (20, "qemu-system-x86", "PATH=/bin\0CAESURA_QEMU=h/a/start\0"),
+        (21, "qemu-system-x86", "PATH=/bin\0"),
+        (22, "vi", ""),
+    ):
+        (root / f"proc/{pid}").mkdir()
+        (root / f"proc/{pid}/comm").write_text(f"{comm}\n")
+        (root / f"proc/{pid}/environ").write_text(environ)
+    one = readiness()
+    await one.look()
+    assert one.record is not None
+    (problem,) = one.record.problems
+    assert problem.startswith("qemu-system-x86 (pid 21) is not a VM of this host updater")
+    assert "(pid 21)" in await one.error(NEW, 30.0)
 
 
 async def test_a_broker_on_the_host_itself_is_seen(readiness: Callable[..., KernelReadiness]) -> None:

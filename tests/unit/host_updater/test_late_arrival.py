@@ -15,6 +15,7 @@ import pytest
 from caesura.contract.messages import OperationReported, StartOperation
 from caesura.delivery.message import OutboxMessage, prepare
 from caesura_host_updater.command_admission import Underway
+from caesura_host_updater.drivers.port import NotRunningYet
 from caesura_host_updater.guard_client import GuardUnavailable
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation import crash_recovery
@@ -23,6 +24,7 @@ from caesura_host_updater.operation.finalizer import OperationFinalizer
 from caesura_host_updater.operation.state import Operation, VmPause
 from caesura_host_updater.pause_markers import PauseMarkers
 from caesura_testing.patience import patient
+from caesura_vmcontrol import claims
 from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.kernel_change import Arrival, ClockPair, HostClock, KernelChange, Left, VmArrival
 from caesura_vmcontrol.procfs import boot_id
@@ -31,6 +33,7 @@ from caesura_vmcontrol.qemu_plans import AcrossBoots, ReplacePlan, Vmm
 FORMER = "aaaaaaaa-0000-4000-8000-000000000001"
 NEW = "6.1.0-48-amd64"
 AT = 1_800_000_000.0
+FILE = f"file:10:{'a' * 64}"
 
 
 class Host:
@@ -226,5 +229,73 @@ async def test_a_guard_that_knows_nothing_of_the_operation_will_not_resume_its_g
     host.record = replace(record(None), operation="another")
     await recovery.run(1)
     assert await finalizer.known("op") != Underway()
+    for task in recovery.late:
+        task.cancel()
+
+
+class Stuck(Host):
+    """The guest's process cannot be started until its memory was examined, or it is given up."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.place = folder / "carve-out" / "operations" / "a" / "op.claims"
+        self.place.mkdir(parents=True)
+        claims.claim(str(self.place), 1, FILE)
+        claims.claim(str(self.place), 2, f"left:4711:1:{FORMER[:8]}")
+
+    def resume_plan(self, _: str) -> ReplacePlan:
+        return replace(plan(), claims=str(self.place))
+
+    async def resume(self, *_: object) -> str:
+        await asyncio.sleep(0)
+        self.asked.append("resume")
+        if self.owner == "gone":
+            return "gone"
+        raise NotRunningYet("a", "its memory was not examined")
+
+    @property
+    def owner(self) -> str:
+        found = claims.current(str(self.place))[1]
+        return "" if found is None else found.kind
+
+
+@pytest.mark.parametrize("said", ["nothing", "of another operation", "lost"])
+async def test_a_guest_that_nobody_will_examine_does_not_wait_for_ever(
+    start: Start, tmp_path: Path, said: str
+) -> None:
+    """The guard's record was garbled and put aside, or its carve-out came too late: doubt makes it lost, and it can be started cold."""
+    host = Stuck(tmp_path)
+    held = replace(record(VmArrival("lost", why="no carve-out")), plans=(host.resume_plan("a"),))
+    host.record = {
+        "nothing": None,
+        "of another operation": replace(record(None), operation="another"),
+        "lost": held,
+    }[said]
+    recovery, _ = start(host)
+    await recovery.run(1)
+    await until(lambda: host.owner == "gone")
+    await until(lambda: not recovery.resuming)
+    assert "no record" in " ".join(claims.failures(str(host.place)))
+    for task in recovery.late:
+        task.cancel()
+
+
+@pytest.mark.parametrize("why_not", ["the guard has it", "examined", "no guard", "another boot is to come"])
+async def test_a_guest_that_may_be_examined_is_not_given_up(
+    start: Start, tmp_path: Path, why_not: str
+) -> None:
+    host = Stuck(tmp_path)
+    host.record = replace(record(VmArrival("undecided")), plans=(host.resume_plan("a"),))
+    if why_not == "no guard":
+        host.record = GuardUnavailable("it is starting")
+    elif why_not == "examined":
+        host.record = None
+        claims.admit(str(host.place), boot_id()[:8])
+    elif why_not == "another boot is to come":
+        host.record = replace(record(None, arrived_in=FORMER), plans=(host.resume_plan("a"),))
+    recovery, _ = start(host)
+    await recovery.run(1)
+    await until(lambda: host.asked.count("resume") >= 5)
+    assert host.owner == "left"
     for task in recovery.late:
         task.cancel()

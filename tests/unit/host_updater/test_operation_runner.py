@@ -740,3 +740,36 @@ async def test_a_journal_that_the_disk_refuses_keeps_the_host_in_its_kernel(
     assert op.codes == ("leave_failed",)
     assert "its journal is not on the disk: the disk is full" in op.failure
     assert not scene.guard.asked_to_leave
+
+
+@pytest.mark.parametrize("state", ["running", "paused", "unknown"])
+async def test_a_vm_that_was_started_since_keeps_the_kernel(journal: JournalThread, state: VmState) -> None:
+    """It is in no file, and would end with the kernel; the others are not even paused."""
+    scene = Scene(journal, "a", method="kexec")
+    scene.driver.vms["late"] = state
+    async with asyncio.timeout(patient(10)):
+        op = await scene.runner.run()
+    assert op.codes == ("kernel_not_ready",)
+    assert f"VM late is {state}" in op.failure
+    assert scene.driver.frozen == []
+
+
+async def test_a_vm_that_is_started_in_the_pause_keeps_the_kernel(journal: JournalThread) -> None:
+    scene = Scene(journal, "a", method="kexec")
+    scene.driver.on_first = lambda: scene.driver.vms.update(late="running")
+    op = await scene.run()
+    assert op.codes == ("leave_failed",)
+    assert "VM late is running" in op.failure
+    assert not scene.guard.asked_to_leave
+
+
+async def test_states_that_cannot_be_read_keep_the_kernel(journal: JournalThread) -> None:
+    scene = Scene(journal, "a", method="kexec")
+
+    async def nothing() -> Mapping[str, VmState]:
+        return {}
+
+    scene.driver.read_states = nothing  # type: ignore[method-assign]
+    op = await scene.run()
+    assert op.codes == ("kernel_not_ready",)
+    assert "cannot be read" in op.failure

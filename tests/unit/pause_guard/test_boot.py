@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from caesura_vmcontrol.intent import Intent, IntentFile
+from caesura_vmcontrol.kernel_change import KernelChange
 from caesura_vmcontrol.procfs import boot_id, read_process
 from caesura_vmcontrol.resume_plans import SignalPlan
 
@@ -86,3 +87,22 @@ def test_an_arrival_imports_what_it_needs(words: list[str], tmp_path: Path) -> N
         "me",
     ]
     assert subprocess.run(bad, check=False, capture_output=True).returncode == 2
+
+
+_TELLS_OF_THE_WATCHDOG = """
+import sys
+from caesura_vmcontrol.hardware_watchdog import HardwareWatchdog
+HardwareWatchdog.disarm_former = lambda self: "it was asked"
+from caesura_pause_guard.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_hardware_watchdog_that_a_dead_guard_armed_does_not_reset_the_host(tmp_path: Path) -> None:
+    """That guard was killed between its last act and the jump; the guests run again in this boot."""
+    change = KernelChange("6.1", str(tmp_path), watchdog_s=60)
+    IntentFile(str(tmp_path)).store(Intent("op", boot_id(), 0.0, 0.1, (), kernel_change=change))
+    command = [sys.executable, "-c", _TELLS_OF_THE_WATCHDOG, "--state-dir", str(tmp_path)]
+    done = subprocess.run([*command, "--exit-when-alone", "0"], capture_output=True, text=True, check=True)
+    said = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [each["why"] for each in said if each["event"] == "guard.hardware_watchdog"] == ["it was asked"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from caesura_vmcontrol import file_system_ids, ram_places
-from caesura_vmcontrol.file_system_ids import superblock_uuid
+from caesura_vmcontrol.file_system_ids import same_file_system, superblock_uuid
 from caesura_vmcontrol.mounts import Mount
 from caesura_vmcontrol.ram_places import RamIdentity, carve_out_error, find_error, identify, mount_dax_error
 
@@ -116,3 +116,34 @@ def test_a_ram_file_is_found_again_or_named(tmp_path: Path, monkeypatch: pytest.
     ram.write_bytes(bytes(5))
     monkeypatch.setattr(ram_places, "file_system_id", lambda _: "another")
     assert "another file system" in find_error(str(ram), there)
+
+
+EXT4 = "8b644839-3086-4f2e-8e6e-bac60d1f8f55"
+EXT4_BY_STATFS = "fsid:7bc0993dfff20a05"  # as a kernel said it of that file system
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (EXT4, EXT4, True),
+        (EXT4_BY_STATFS, EXT4_BY_STATFS, True),
+        (EXT4, EXT4_BY_STATFS, True),
+        (EXT4_BY_STATFS, EXT4, True),
+        (EXT4, EXT4[:-1] + "6", False),
+        (EXT4_BY_STATFS, "fsid:7bc0993dfff20a06", False),
+        (EXT4, "fsid:7bc0993dfff20a06", False),
+        (EXT4_BY_STATFS, "garbled", False),
+    ],
+)
+def test_one_file_system_as_an_old_and_a_new_kernel_name_it(one: str, other: str, same: bool) -> None:
+    """The updater is not root and asked a kernel before 6.0; the arrival is root, or under a newer one: no guest is lost for that."""
+    assert same_file_system(one, other) == same
+
+
+def test_a_guest_of_an_old_kernel_is_found_by_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _file(tmp_path)
+    there = identify(path)
+    monkeypatch.setattr(ram_places, "file_system_id", lambda _: EXT4)
+    assert find_error(path, RamIdentity(EXT4_BY_STATFS, there.inode, there.size)) == ""

@@ -15,6 +15,7 @@ import pytest
 from caesura_testing.patience import patient
 from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.intent import GuardAction, Intent, Intervention, UnreadableIntent
+from caesura_vmcontrol.kernel_change import Arrival, HostClock, KernelChange
 from caesura_vmcontrol.plan_errors import BadPlan
 from caesura_vmcontrol.procfs import Process
 from caesura_vmcontrol.qemu_plans import QemuPlan, Vmm
@@ -554,3 +555,27 @@ def test_a_process_table_that_cannot_be_read_does_not_end_the_guard(monkeypatch:
     world.freeze()
     world.watch.adopt(intent)
     assert world.vms == {"a": "running", "b": "running"}
+
+
+@pytest.mark.parametrize("how", ["killed", "found at the start"])
+def test_a_rehearsal_whose_command_is_dead_keeps_nobody_out(how: str) -> None:
+    """Nobody knows of it who could acknowledge it, and it has paused nothing."""
+    world = World()
+    change = KernelChange("6.1", "/carve-out", rehearsal=True)
+    rehearsal = Intent("rehearsal-1", "boot", world.now, world.now + 10, (), kernel_change=change)
+    if how == "killed":
+        world.watch.arm(rehearsal)
+        world.watch.owner_gone(dead=True)
+    else:
+        world.watch.adopt(rehearsal)
+    assert world.watch.state == "ready"
+    assert world.disk is None
+    world.watch.arm(world.intent())
+
+
+def test_a_rehearsal_that_arrived_waits_for_who_measures_it() -> None:
+    world = World()
+    arrival = Arrival("boot", "6.1", "unit", HostClock("tsc", 0.0, 0.0), 1.0)
+    change = KernelChange("6.1", "/carve-out", rehearsal=True, arrival=arrival)
+    world.watch.adopt(Intent("rehearsal-1", "former", 0.0, 1.0, (), kernel_change=change))
+    assert world.watch.state == "fired"

@@ -23,6 +23,7 @@ from caesura_host_updater.drivers.qemu.vmm import last_words
 from caesura_host_updater.inventory.kernel_options import KernelOptions
 from caesura_host_updater.spawn import ExitWatch, SpawnError, start_detached
 from caesura_vmcontrol.durable_files import sync_folder
+from caesura_vmcontrol.process_control import QEMU_MARK
 from caesura_vmcontrol.procfs import boot_id, read_process, send_signal
 from caesura_vmcontrol.replacing import PART
 
@@ -33,7 +34,6 @@ _VERSION_S = (
 )
 _KERNEL_S = 1.0  # s: to start it
 _LOOK_S = 0.002
-_MARK = "CAESURA_QEMU"
 _FOR_QEMU = frozenset(("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH"))
 _FOR_QEMU_PREFIXES = ("LC_", "XDG_", "QEMU_", "CAESURA_")
 _NO_KEXEC = KernelOptions()
@@ -80,7 +80,7 @@ class Launcher:
         base = Path("/run") if os.geteuid() == 0 else Path(environ.get("XDG_RUNTIME_DIR", "/tmp"))  # noqa: S108
         self.run_dir = Path(options.run_dir) if options.run_dir else base / "caesura" / self._own
         self.ram_dir = Path(options.ram_dir) / f"caesura-{self._own}"
-        self.mark = f"{_MARK}={self._own}/"
+        self.mark = f"{QEMU_MARK}={self._own}/"
         """In the environment of every QEMU that was started here; more follows."""
 
     def mark_of(self, vm: str, operation: str) -> str:

@@ -73,7 +73,7 @@ def thaw(plan: VmmPlan) -> None:
         sigcont(vmm.pid, vmm.start_ticks)
         try:
             with reach(vmm.pid, vmm.start_ticks, [vmm.qmp], until) as qmp:
-                make_run(qmp, until, ours=False, stopped=True)
+                make_run(qmp, until, ours=False, stopped=True, once=True)
         except ProcessGone:
             return
         return

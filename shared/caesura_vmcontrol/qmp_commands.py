@@ -32,7 +32,14 @@ AWAY = {
     "colo": "it is a COLO secondary: QEMU says colo",
 }
 """States in which this process does not have the guest, or not alone: a ``cont`` could make it run twice."""
+PASSING = {
+    "finish-migrate": AWAY["finish-migrate"],
+    "save-vm": "a snapshot of its state is being taken: QEMU says save-vm",
+}
+"""Those of ``NOT_OURS`` that end by themselves. ``save-vm`` is seen with Proxmox's QEMU, which takes snapshots in the background
+and lets the guest run afterwards, if it ran before."""
 NOT_OURS = AWAY | {
+    "save-vm": PASSING["save-vm"],
     "io-error": "QEMU paused it for an I/O error: check its storage, then resume it with `cont`",
     "watchdog": "its watchdog paused it: resume it with `cont`",
     "debug": "a debugger paused it",
@@ -138,21 +145,24 @@ def look(
         return "running"
     if state in OVER or (state == "paused" and theirs):
         return "gone"
+    if state == "save-vm":
+        return "held"
     if state in NOT_OURS and not (claimed and state in LOADING) and not ours():
         return "gone"
     return "held" if state in ("inmigrate", "finish-migrate") else "frozen"
 
 
-def make_run(qmp: Qmp, until: float, *, ours: bool, stopped: bool) -> None:
+def make_run(qmp: Qmp, until: float, *, ours: bool, stopped: bool, once: bool = False) -> None:
     """Make a guest run that this process has and no other process may have.
 
     Args:
         ours: whether a migration of this guest is ours: it is cancelled while it is under way, and undone when it
             is complete. If not, a guest that was migrated away or paused by somebody else is left as it is.
         stopped: whether we may have paused it; if not, a pause is somebody else's, and is left, too.
+        once: do not wait and try again here: other clients need the socket, and the caller has other connections.
 
     Raises:
-        NotRunning: it does not run by ``until``; QEMU's reason is in the text.
+        NotRunning: it does not run by ``until``, or after one try; QEMU's reason is in the text.
         QmpError: QEMU does not answer.
     """
     give_up_waiting = time.monotonic() + _CANCEL_S
@@ -167,6 +177,8 @@ def make_run(qmp: Qmp, until: float, *, ours: bool, stopped: bool) -> None:
         state = run_state(qmp, until)
         if state in OVER or (state in RUNNING and not wait) or (state == "paused" and not stopped):
             return
+        if once and state in PASSING and not ours:
+            raise NotRunning(PASSING[state])
         if state in NOT_OURS and not ours:
             # Our migration, if it failed because no process receives it, returns from this state by itself.
             wait = stopped and state == "finish-migrate" and time.monotonic() < give_up_waiting
@@ -181,7 +193,7 @@ def make_run(qmp: Qmp, until: float, *, ours: bool, stopped: bool) -> None:
                 why = str(refused)
             if run_state(qmp, until) in RUNNING:
                 return
-        if time.monotonic() >= until:
+        if once or time.monotonic() >= until:
             raise NotRunning(f"it is {state} and does not run: {why}")
         time.sleep(_STEP_S)
 

@@ -63,7 +63,7 @@ def test_every_toml_file_shown_is_accepted_by_its_reader() -> None:
         elif re.search(r"^\s*host = ", content, re.MULTILINE):
             kinds.append("host")
             file = parse_host_file(content, page)
-            assert file.vm or file.driver == "libvirt"  # whose VMs are found
+            assert file.vm or file.driver in ("libvirt", "proxmox")  # whose VMs are found
         elif "[[step]]" in content:
             kinds.append("scenario")
             assert parse_scenario(content, page).steps

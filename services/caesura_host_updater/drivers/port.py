@@ -207,7 +207,7 @@ class MembershipCapable(Protocol):
     """A driver whose VMs come and go while it is open. ``changed`` returns when they did."""
 
     def members(self) -> Sequence[VmSpec]:
-        """The VMs that there are now. One of an operation stays until ``release``."""
+        """The VMs that there are now. One of an operation stays until ``release``, which ends each operation of such a driver."""
 
 
 @runtime_checkable

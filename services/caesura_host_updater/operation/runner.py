@@ -18,6 +18,7 @@ from caesura.runtime.logs import get_logger
 from caesura_host_updater.drivers.port import (
     Driver,
     DriverError,
+    MembershipCapable,
     guard_plan,
     states_within,
 )
@@ -191,7 +192,7 @@ class OperationRunner:
                 await asyncio.gather(*self._tasks, return_exceptions=True)
             for process in self._processes.values():
                 process.close()
-            if self.state.method in SUCCEEDING:
+            if self.state.method in SUCCEEDING or isinstance(self._driver, MembershipCapable):
                 await self._release()
         # Not in the `finally`: with an error in between, VMs may still be paused.
         self._pauses.remove(vm.vm for vm in self.state.vms)

@@ -73,7 +73,7 @@ class VmActions:
         self._emit = emit
         self._on_change = on_change
         self._ran: dict[str, str] = {}
-        """What ran each guest before a swap or replace."""
+        """What ran each guest before its pause."""
 
     async def prepare(self, vm: str, binary: str) -> None:
         """Prepare a swap or replace, while the VM runs. ``binary``: the VMM that an update brings; else empty."""
@@ -138,6 +138,7 @@ class VmActions:
             if self._state().method in SAVING:
                 await self._checkpoint(vm, by)
             else:
+                self._ran[vm] = self._driver.process_of(vm)
                 await self._driver.freeze(vm, by)
         except asyncio.CancelledError:
             self._emit(VmNotFrozen(vm, called_at, "its freeze was called off"))

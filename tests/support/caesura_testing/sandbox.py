@@ -253,6 +253,27 @@ class Sandbox:
         vms = [Vm(name=vm, set=group, update_domain=domain) for vm, (group, domain) in domains.items()]
         self._host(name, table, vms, settings)
 
+    def proxmox_host(
+        self,
+        name: str,
+        config_dir: Path,
+        run_dir: Path,
+        found: Mapping[str, tuple[str, int]],
+        **settings: str,
+    ) -> None:
+        """Describe a host updater on a Proxmox node whose VMs are configured and tagged already.
+
+        Args:
+            found: VM to its set and its update domain.
+        """
+        table = {
+            "host": name,
+            "driver": "proxmox",
+            "proxmox": {"config_dir": str(config_dir), "run_dir": str(run_dir)},
+        }
+        vms = [Vm(name=vm, set=group, update_domain=domain) for vm, (group, domain) in found.items()]
+        self._host(name, table, vms, settings)
+
     def container_host(
         self, name: str, socket: str, containers: Mapping[str, tuple[str, str, int]], **settings: str
     ) -> None:

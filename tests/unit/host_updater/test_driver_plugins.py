@@ -55,7 +55,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 
 
 def test_ours_are_installed_and_each_can_be_loaded() -> None:
-    assert installed_drivers() == ("container", "libvirt", "process", "qemu")
+    assert installed_drivers() == ("container", "libvirt", "process", "proxmox", "qemu")
     for name in installed_drivers():
         plugin = load_plugin(name)
         assert plugin.name == name
@@ -97,7 +97,7 @@ async def test_a_plug_in_reads_its_part_of_the_host_file_and_makes_its_driver(
     install: Install, tmp_path: Path
 ) -> None:
     install("example", EXAMPLE)
-    assert installed_drivers() == ("container", "example", "libvirt", "process", "qemu")
+    assert installed_drivers() == ("container", "example", "libvirt", "process", "proxmox", "qemu")
     file = parse_host_file(f"{FILE}[example]\nstop_s = 3\n", "host.toml")
     (vm,) = file.vm
     assert isinstance(vm, ExampleVm)
@@ -141,7 +141,7 @@ async def test_a_plug_in_reads_its_part_of_the_host_file_and_makes_its_driver(
         ),
         (
             FILE.replace('"example"', '"exemple"'),
-            "there is no driver 'exemple': write 'container', 'example', 'libvirt', 'process' or 'qemu' - at `$.driver`",
+            "there is no driver 'exemple': write 'container', 'example', 'libvirt', 'process', 'proxmox' or 'qemu' - at `$.driver`",
         ),
     ],
 )
@@ -242,7 +242,7 @@ def test_a_driver_that_cannot_be_used_is_refused_by_name(install: Install, code:
 def test_a_driver_that_is_not_installed_is_refused_with_what_is() -> None:
     with pytest.raises(
         DriverUnusable,
-        match="'magic' is not installed; installed: 'container' and 'libvirt' and 'process' and 'qemu'",
+        match="'magic' is not installed; installed: 'container' and 'libvirt' and 'process' and 'proxmox' and 'qemu'",
     ):
         load_plugin("magic")
 

@@ -50,7 +50,7 @@ def test_host_file() -> None:
         ('host = "h"\n[[vm]]\nname = "a"\n', "no [[vm.process]]"),
         (
             'host = "h"\ndriver = "magic"',
-            "'magic': write 'container', 'libvirt', 'process' or 'qemu' - at `$.driver`",
+            "'magic': write 'container', 'libvirt', 'process', 'proxmox' or 'qemu' - at `$.driver`",
         ),
         (
             'host = "h"\n[process]\nfreezer = "ice"',

@@ -15,7 +15,11 @@ from typing import Any
 import pytest
 
 from caesura_testing.patience import patient
+from caesura_vmcontrol.procfs import read_process
+from caesura_vmcontrol.qemu_plans import QemuPlan, Vmm
 from caesura_vmcontrol.qmp import PeerMismatch, Qmp, QmpClosed, QmpError, QmpNoAnswer, QmpRefused
+from caesura_vmcontrol.qmp_commands import NotRunning, look, make_run
+from caesura_vmcontrol.vm_control import thaw
 
 GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}}, "capabilities": ["oob"]}}
 
@@ -235,3 +239,63 @@ def test_errors_are_os_errors() -> None:
     """What carries plans out promises OSError."""
     assert issubclass(QmpError, OSError)
     assert str(QmpRefused("cont", "GenericError", "no")) == "QEMU refuses cont: no (GenericError)"
+
+
+def _states(peer: Peer, *states: str) -> None:
+    """A QEMU that says these states in turn, then the last one, and refuses every ``cont``."""
+
+    def part(connection: socket.socket) -> None:
+        peer.greet(connection)
+        left = list(states)
+        for line in connection.makefile("rb"):
+            asked = json.loads(line)
+            peer.heard.append(asked)
+            answer: dict[str, Any] = {"return": {"status": left[0]}, "id": asked["id"]}
+            if asked["execute"] == "query-status":
+                left = left[1:] or left
+            elif asked["execute"] == "cont":
+                answer = {"error": {"class": "GenericError", "desc": "no"}, "id": asked["id"]}
+            say(connection, answer)
+        peer.done.set()
+
+    peer.play(part)
+
+
+def _commands(peer: Peer) -> list[str]:
+    return [each["execute"] for each in peer.heard[1:]]
+
+
+def test_once_means_one_cont_for_other_clients_need_the_socket(peer: Peer) -> None:
+    _states(peer, "paused")
+    with (
+        Qmp(peer.path, os.getpid(), within(5)) as qmp,
+        pytest.raises(NotRunning, match="paused and does not run: QEMU refuses cont"),
+    ):
+        make_run(qmp, within(5), ours=False, stopped=True, once=True)
+    assert _commands(peer) == ["query-status", "cont", "query-status"]
+
+
+@pytest.mark.parametrize("state", ["save-vm", "finish-migrate"])
+def test_once_waits_for_no_snapshot_and_no_migration_and_resumes_neither(peer: Peer, state: str) -> None:
+    _states(peer, state)
+    with Qmp(peer.path, os.getpid(), within(5)) as qmp, pytest.raises(NotRunning, match=state):
+        make_run(qmp, within(5), ours=False, stopped=True, once=True)
+    assert _commands(peer) == ["query-status"]
+
+
+def test_the_way_out_of_a_plain_stop_leaves_the_socket_after_one_try(peer: Peer) -> None:
+    own = read_process(os.getpid())
+    assert own is not None
+    _states(peer, "paused")
+    with pytest.raises(NotRunning):
+        thaw(QemuPlan("vm", Vmm(own.pid, own.start_ticks, peer.path)))
+    assert _commands(peer) == ["query-status", "cont", "query-status"]
+
+
+def test_a_guest_whose_snapshot_is_being_taken_is_held_and_not_resumed(peer: Peer) -> None:
+    """Its state would not be that of its disks."""
+    own = read_process(os.getpid())
+    assert own is not None
+    _states(peer, "save-vm")
+    assert look(own.pid, own.start_ticks, [peer.path], ours=lambda: False) == "held"
+    assert _commands(peer) == ["query-status"]

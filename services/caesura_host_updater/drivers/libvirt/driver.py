@@ -349,6 +349,7 @@ class LibvirtDriver:
         if spec.label_error:
             raise FreezeFailed(vm, spec.label_error)
         self._left.pop(vm, None)
+        self._held.add(vm)
         await in_thread_to_its_end(f"freeze {vm}", lambda stop: self._freeze(plan, by, stop))
 
     def _freeze(self, plan: LibvirtPlan, by: float, stop: threading.Event) -> None:

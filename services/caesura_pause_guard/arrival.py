@@ -110,7 +110,8 @@ def _as_root(store: IntentFile, user: ServiceUser, by: By, log: Log) -> Arrival 
         return None
     _disarm_hardware_watchdog(change, log)
     with suppress(OSError):
-        os.mkdir(_SOCKETS, 0o700)
+        with suppress(FileExistsError):
+            os.mkdir(_SOCKETS, 0o700)
         os.chown(_SOCKETS, user.uid, user.gid, follow_symlinks=False)
     if change.arrival is not None and change.arrival.boot_id == boot_id():
         return None

@@ -314,18 +314,22 @@ def rehearse(
                 abort=True,
                 err=True,
             )
+
+        def last_look() -> None:
+            refuse_guests(guests_here())  # one may have come since, and the next moment is the last
+            click.echo(
+                f"caesura: leaving {os.uname().release} for {release}; `caesura host kernel-figures` has the result",
+                err=True,
+            )
+
         loaded = load_kernel(release, more=more, expect_hook=not late)
         try:
-            refuse_guests(guests_here())  # one may have come while the question was open
             leave(
                 loaded,
                 state_dir=settings["STATE_DIR"],
                 carve_out=settings["CARVE_OUT"],
                 watchdog_s=watchdog_s,
-                before_leaving=lambda: click.echo(
-                    f"caesura: leaving {os.uname().release} for {release}; `caesura host kernel-figures` has the result",
-                    err=True,
-                ),
+                before_leaving=last_look,
             )
         finally:
             unload_kernel()

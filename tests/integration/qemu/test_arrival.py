@@ -45,6 +45,7 @@ from caesura_vmcontrol import procfs
 procfs.BOOT_ID = sys.argv[1]
 from caesura_pause_guard import arrival
 arrival.carve_out_error = lambda path: sys.argv[2]
+arrival._SOCKETS = sys.argv[1] + "-sockets"
 from caesura_pause_guard.__main__ import main
 sys.exit(main(sys.argv[3:]))
 """
@@ -515,6 +516,8 @@ def test_root_carries_out_nothing_of_another_user_as_root(host: Host, trick: str
     host.plan = replace(host.plan, across=replace(across, uid=user, gid=user, groups=(0,)))
     host.leave()
     host.run.mkdir()
+    sockets = host.state_dir.parent / f"boot-{NEXT_BOOT[:8]}-sockets"
+    sockets.mkdir()  # by somebody before, who is root
     for folder, _, names in os.walk(host.state_dir.parent):
         if folder != str(host.state_dir.parent):
             os.chown(folder, NOBODY, NOBODY)
@@ -529,6 +532,7 @@ def test_root_carries_out_nothing_of_another_user_as_root(host: Host, trick: str
         lines = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
         assert lines["Uid"].split() == [str(NOBODY)] * 4
         assert "0" not in lines["Groups"].split()
+    assert sockets.stat().st_uid == NOBODY
     if trick in ("none", "root's plan"):
         assert code == 0
         assert host.runs()

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from caesura.lifecycle.loaded_kernel import LoadedKernel, carve_outs
+from caesura.lifecycle.loaded_kernel import CARVE_OUT, LoadedKernel, carve_outs
 from caesura_host.hook_files import HOOK_VERSION, installed_texts
 from caesura_host.host_files import HostError, HostFolder
 from caesura_host.kernel_command_line import BadCarveOut, next_command_line, parse_carve_out
@@ -341,3 +341,12 @@ def test_where_signatures_are_not_had_the_other_call_is_tried(host: _Host) -> No
 
     load_kernel("6.1.0-1-amd64", root=host.root, run=run)
     assert len(refused) == 1
+
+
+@pytest.mark.parametrize("place", ["caesura-arrive.service", "caesura-pause-guard.service.d/kexec.conf"])
+def test_who_decides_about_guests_waits_for_the_mount_of_their_memory(place: str) -> None:
+    """It is nofail, so no target waits for it; as systemd-escape --path names it."""
+    text = installed_texts()[f"/etc/systemd/system/{place}"]
+    unit = CARVE_OUT.strip("/").replace("-", "\\x2d").replace("/", "-") + ".mount"
+    words = [word for line in text.splitlines() if line.startswith("After=") for word in line[6:].split()]
+    assert unit in words

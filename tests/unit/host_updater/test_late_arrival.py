@@ -307,6 +307,6 @@ async def test_a_guest_that_may_be_examined_is_not_given_up(
 )
 def test_vms_that_ran_again_are_not_said_to_be_lost_with_their_memory(phase: Any, left: bool) -> None:
     """The kernel was not left, and the host was reset before that had been reported: it was restarted, as any other."""
-    state = Operation(operation="op", method="kexec", budget_s=30.0, kernel_release=NEW, phase=phase)
+    state = Operation(operation="op", method="kexec", budget_s=30.0, kernel_release=NEW, vms=(), phase=phase)
     entry: Any = SimpleNamespace(state=state, boot_id=FORMER)
     assert crash_recovery._left_its_kernel(entry) == left

@@ -34,7 +34,7 @@ from caesura_host_updater.operation.kernel_change_outcome import (
 )
 from caesura_host_updater.operation.report import clock_wait, final_report, frozen_fact, resumed_fact
 from caesura_host_updater.operation.runner import to_wall_clock
-from caesura_host_updater.operation.state import BEFORE_SAVING, Operation
+from caesura_host_updater.operation.state import BEFORE_SAVING, Operation, Phase
 from caesura_host_updater.operation.vm_actions import started
 from caesura_host_updater.pause_markers import PauseMarkers, how_to_resume
 from caesura_host_updater.update_process import end_orphans
@@ -51,6 +51,7 @@ _RESUME_TRY_S = 0.25  # s: one try of a resume
 _ORPHANS_S = 10.0  # s: to find what an update left behind; stuck processes take half a second each
 _PATIENCE_S = 10.0  # s: VMs found frozen are retried this long before the host joins the bus without them
 _NOBODY = "the pause guard has no record of its operation, or says that its memory is lost: nothing shows what became of its memory"
+_RUNNING_AGAIN: frozenset[Phase] = frozenset(("resumed", "ended"))
 _ASK_S = 1.0  # s: between two questions to the guard about VMs that wait in their files
 
 _log = get_logger("caesura.recovery")
@@ -431,6 +432,7 @@ def _left_its_kernel(entry: JournalEntry) -> bool:
         and state.method == "kexec"
         and entry.boot_id != boot_id()
         and state.phase not in BEFORE_SAVING
+        and state.phase not in _RUNNING_AGAIN
     )
 
 

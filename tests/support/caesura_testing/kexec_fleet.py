@@ -154,9 +154,10 @@ class FleetHost:
             return str(error)
 
     def until_guests_beat(self) -> None:
-        """Wait until each has compared its memory."""
+        """Wait until each has compared its memory, and beats."""
         for line in self.guests.values():
             self.machine.wait_for(line, r"memory \d+ bad=0")
+            self.machine.wait_for(line, r"\bbeat \d+")
 
     def assert_guests_continued(self, since: float, release: str) -> None:
         """Each guest had one pause, beats again, without a gap in its numbers, in the same boot, with its memory as it was."""

@@ -299,3 +299,14 @@ async def test_a_guest_that_may_be_examined_is_not_given_up(
     assert host.owner == "left"
     for task in recovery.late:
         task.cancel()
+
+
+@pytest.mark.parametrize(
+    ("phase", "left"),
+    [("preparing", False), ("freezing", True), ("leaving", True), ("resuming", True), ("resumed", False)],
+)
+def test_vms_that_ran_again_are_not_said_to_be_lost_with_their_memory(phase: Any, left: bool) -> None:
+    """The kernel was not left, and the host was reset before that had been reported: it was restarted, as any other."""
+    state = Operation(operation="op", method="kexec", budget_s=30.0, kernel_release=NEW, vms=(), phase=phase)
+    entry: Any = SimpleNamespace(state=state, boot_id=FORMER)
+    assert crash_recovery._left_its_kernel(entry) == left

@@ -247,6 +247,7 @@ class HostUpdater:
             StoreError: as ``CrashRecovery.run``.
         """
         await self.epochs.load()
+        await self._host_clock.load()
         await self._recovery.run(self.epochs.authority.epoch)
         await self._finalizer.load()
         await self.outbox.load()
@@ -419,6 +420,7 @@ class HostUpdater:
             await self._presence.goodbye(timeout_s=2.0)
         self._updates.close()
         await self._pauses.close()
+        await self._host_clock.close()
         await self.bus.close()
 
     def pings(self) -> dict[str, Callable[[], str]]:

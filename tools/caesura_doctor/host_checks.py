@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import socket
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +10,10 @@ from typing import Any
 
 from caesura.bus.options import parse_address
 from caesura.runtime.errors import ConfigError
-from caesura_doctor.readiness import ask_ready, is_synchronised
+from caesura_doctor.readiness import ask_ready
+from caesura_host.host_files import HostError
+from caesura_host.rehearsal import GuardConnection
+from caesura_host_updater.clocks.reference_clock import is_synchronized
 from caesura_host_updater.drivers.diagnosis import Diagnosis, ok, warning, wrong
 from caesura_host_updater.drivers.plugin import DriverSetup, load_plugin
 from caesura_host_updater.inventory.host_config import (
@@ -23,7 +23,6 @@ from caesura_host_updater.inventory.host_config import (
     with_discovered,
 )
 from caesura_host_updater.settings import HostUpdaterSettings
-from caesura_vmcontrol.guard_socket import socket_address
 from caesura_vmcontrol.mounts import mount_of, read_mounts
 
 _ANSWER_S = 3.0
@@ -123,34 +122,24 @@ def _guard(settings: HostUpdaterSettings) -> Iterator[Diagnosis]:
         else "start the host updater, which starts it"
     )
     try:
-        answer = _ask_guard(settings.state_dir)
-    except PermissionError:
-        yield warning(
-            "guard",
-            "the pause guard may not be asked by this user",
-            "run this as root, or as the host updater's user",
-        )
-        return
-    except (OSError, ValueError, TypeError) as error:
-        yield wrong("guard", f"there is no pause guard, so nothing is frozen: {error}", remedy)
+        connection = GuardConnection(settings.state_dir)
+        try:
+            answer = connection.ask({"do": "status"})
+        finally:
+            connection.close()
+    except HostError as error:
+        if isinstance(error.__cause__, PermissionError):
+            yield warning(
+                "guard",
+                "the pause guard may not be asked by this user",
+                "run this as root, or as the host updater's user",
+            )
+        else:
+            yield wrong("guard", f"there is no pause guard, so nothing is frozen: {error}", remedy)
         return
     intent = answer.get("intent")
     busy = f", with operation {intent['operation']}" if isinstance(intent, dict) else ""
     yield ok("guard", f"the pause guard (pid {answer.get('pid')}) is {answer.get('state')}{busy}")
-
-
-def _ask_guard(state_dir: str) -> dict[str, Any]:
-    folder = os.open(state_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(_ANSWER_S)
-            connection.connect(socket_address(folder))
-            connection.sendall(b'{"do": "status"}\n')
-            with connection.makefile("rb") as lines:
-                answer = json.loads(lines.readline())
-    finally:
-        os.close(folder)
-    return dict(answer)
 
 
 def _updater(settings: HostUpdaterSettings) -> Iterator[Diagnosis]:
@@ -175,7 +164,7 @@ def _updater(settings: HostUpdaterSettings) -> Iterator[Diagnosis]:
 
 
 def _time() -> Iterator[Diagnosis]:
-    if is_synchronised():
+    if is_synchronized():
         yield ok("clock", "the kernel says that this host's clock is synchronised")
     else:
         yield warning(

@@ -1,17 +1,12 @@
-"""What a service on this host says of itself at ``/ready``, and what the kernel says of this host's time. Blocking."""
+"""What a service on this host says of itself at ``/ready``. Blocking."""
 
 from __future__ import annotations
 
-import ctypes
 import http.client
 import json
 import socket
 
 from caesura.runtime.listen import parse_listen
-
-_TIME_ERROR = 5
-"""adjtimex(2): the clock is not synchronised."""
-_TIMEX_BYTES = 256  # struct timex has 208 on 64-bit Linux; modes = 0, its first field, only reads
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -55,9 +50,3 @@ def ask_ready(listen: str, timeout_s: float) -> dict[str, str]:
         return {str(name): str(why) for name, why in wrong.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {"ready": f"it answers {answer.status}"}
-
-
-def is_synchronised() -> bool:
-    """Whether a time service keeps this host's clock, as far as the kernel knows (adjtimex(2))."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    return 0 <= int(libc.adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES))) < _TIME_ERROR

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import click
 import msgspec
@@ -14,16 +13,17 @@ from caesura.contract.names import InvalidName, check_name
 from caesura.runtime.errors import CaesuraError
 from caesura_ctl.errors import fail
 from caesura_ctl.options import print_json
-from caesura_host_updater.drivers.libvirt.connection import LibvirtConnection, LibvirtError
+from caesura_host_updater.drivers.libvirt.connection import LibvirtConnection, LibvirtError, existing_socket
 from caesura_host_updater.drivers.libvirt.definition import (
     BadLabel,
     FoundDomain,
     Label,
+    LibvirtOptions,
     LibvirtVm,
     read_label,
-    usual_sockets,
     vms_of,
 )
+from caesura_host_updater.drivers.libvirt.diagnosis import sockets_of
 
 _EXIT_CODES = """\b
 exit codes:
@@ -188,9 +188,8 @@ def _guarded(work: Callable[[], int], *, as_json: bool) -> None:
 
 
 def _connection(uri: str, socket: str, binding: str) -> LibvirtConnection:
-    sockets = usual_sockets(uri, os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}")
-    place = socket or next((each for each in sockets if Path(each).exists()), sockets[-1])
-    return LibvirtConnection(uri, place, binding, lambda: None)
+    options = LibvirtOptions(uri=uri, socket=socket)
+    return LibvirtConnection(uri, existing_socket(sockets_of(options, os.environ)), binding, lambda: None)
 
 
 def _domains(connection: LibvirtConnection) -> list[FoundDomain]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,36 +34,71 @@ class Ntp:
         return self.synchronized
 
 
-def test_a_clock_is_trusted_unless_somebody_says_otherwise(tmp_path: Path) -> None:
-    assert ReferenceClock(tmp_path, Ntp()).error() == "", (
+async def loaded(folder: Path, ntp: Ntp) -> ReferenceClock:
+    """As a start of the service has it."""
+    clock = ReferenceClock(folder, ntp)
+    await clock.load()
+    return clock
+
+
+async def distrusted(folder: Path) -> None:
+    """A run that distrusted its clock, and ended."""
+    clock = await loaded(folder, Ntp())
+    clock.distrust(1.0)
+    await clock.close()
+
+
+async def test_what_was_found_at_the_start_is_not_forgotten_for_what_is_on_the_disk(tmp_path: Path) -> None:
+    """The VMs are resumed before anything of the disk is waited for."""
+    clock = ReferenceClock(tmp_path, Ntp())
+    clock.distrust(2.0)
+    assert "2 s off" in clock.error()
+    await clock.load()
+    assert "2 s off" in clock.error()
+
+
+async def test_a_disk_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr(reference_clock, "write_durably", lambda *_: answers.wait())
+    clock = ReferenceClock(tmp_path, Ntp())
+    clock.distrust(1.0)
+    assert "1 s off" in clock.error()
+    answers.set()
+    await clock.close()
+
+
+async def test_a_clock_is_trusted_unless_somebody_says_otherwise(tmp_path: Path) -> None:
+    assert (await loaded(tmp_path, Ntp())).error() == "", (
         "a host without NTP is its guests' reference as ever"
     )
 
 
-def test_until_ntp_has_set_it_and_over_restarts_of_the_service(tmp_path: Path) -> None:
+async def test_until_ntp_has_set_it_and_over_restarts_of_the_service(tmp_path: Path) -> None:
     ntp = Ntp()
-    one = ReferenceClock(tmp_path, ntp)
+    one = await loaded(tmp_path, ntp)
     one.distrust(1.0)
     assert "1 s off" in one.error()
-    other = ReferenceClock(tmp_path, ntp)
+    await one.close()
+    other = await loaded(tmp_path, ntp)
     assert "1 s off" in other.error()
     ntp.synchronized = True
     assert other.error() == ""
     ntp.synchronized = False
     assert other.error() == "", "what happens to the clock afterwards is not of the change of the kernel"
-    assert ReferenceClock(tmp_path, ntp).error() == ""
+    await other.close()
+    assert (await loaded(tmp_path, ntp)).error() == ""
 
 
-def test_not_in_another_boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ReferenceClock(tmp_path, Ntp()).distrust(1.0)
+async def test_not_in_another_boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    await distrusted(tmp_path)
     monkeypatch.setattr(reference_clock, "boot_id", lambda: "another")
-    assert ReferenceClock(tmp_path, Ntp()).error() == ""
+    assert (await loaded(tmp_path, Ntp())).error() == ""
 
 
-def test_a_damaged_file_is_none(tmp_path: Path) -> None:
-    ReferenceClock(tmp_path, Ntp()).distrust(1.0)
+async def test_a_damaged_file_is_none(tmp_path: Path) -> None:
+    await distrusted(tmp_path)
     (tmp_path / "host-clock.json").write_bytes(b"{")
-    assert ReferenceClock(tmp_path, Ntp()).error() == ""
+    assert (await loaded(tmp_path, Ntp())).error() == ""
 
 
 def test_the_kernel_is_asked_and_nothing_is_set() -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import threading
 import xml.etree.ElementTree as ET  # what libvirt made itself
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +29,11 @@ class LibvirtError(OSError):
 
 class NoSuchDomain(LibvirtError):
     """There is no domain of that name or UUID."""
+
+
+def existing_socket(sockets: Sequence[str]) -> str:
+    """The first socket that is there, else the last. Blocking."""
+    return next((each for each in sockets if Path(each).exists()), sockets[-1])
 
 
 class LibvirtConnection:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from caesura_host_updater.drivers.diagnosis import Diagnosis, ok, warning, wrong
 from caesura_host_updater.drivers.libvirt.binding import NoBinding
-from caesura_host_updater.drivers.libvirt.connection import LibvirtConnection, LibvirtError
+from caesura_host_updater.drivers.libvirt.connection import LibvirtConnection, LibvirtError, existing_socket
 from caesura_host_updater.drivers.libvirt.definition import (
     FoundDomain,
     LibvirtOptions,
@@ -32,8 +32,8 @@ def sockets_of(options: LibvirtOptions, environ: Mapping[str, str]) -> tuple[str
 def diagnose(options: LibvirtOptions, environ: Mapping[str, str]) -> Iterator[Diagnosis]:
     """See the module."""
     sockets = sockets_of(options, environ)
-    socket = next((each for each in sockets if Path(each).exists()), "")
-    if not socket:
+    socket = existing_socket(sockets)
+    if not Path(socket).exists():
         yield wrong(
             "libvirt.daemon",
             f"no daemon of libvirt listens at {' or '.join(sockets)}",

@@ -21,7 +21,7 @@ from caesura.runtime.threads import in_thread, in_thread_to_its_end
 from caesura_host_updater.drivers.clock_setting import set_clock
 from caesura_host_updater.drivers.guest_agent import read_boot_id
 from caesura_host_updater.drivers.libvirt.agent import libvirt_agent
-from caesura_host_updater.drivers.libvirt.connection import LibvirtConnection
+from caesura_host_updater.drivers.libvirt.connection import LibvirtConnection, existing_socket
 from caesura_host_updater.drivers.libvirt.definition import FoundDomain, LibvirtOptions, LibvirtVm, vms_of
 from caesura_host_updater.drivers.libvirt.resume_paths import plan_of_domain
 from caesura_host_updater.drivers.port import (
@@ -123,7 +123,7 @@ class LibvirtDriver:
         """
         await in_thread("state folder", lambda: self._folder.mkdir(parents=True, exist_ok=True, mode=0o700))
         loop = asyncio.get_running_loop()
-        self._socket = await in_thread("socket", self._existing_socket)
+        self._socket = await in_thread("socket", partial(existing_socket, self._sockets))
 
         def changed() -> None:
             with suppress(RuntimeError):  # the loop was closed
@@ -137,9 +137,6 @@ class LibvirtDriver:
         await self._start_ended()
         self._change.clear()  # what is found at the start has not changed
         self._looking = asyncio.create_task(self._look(), name="look at domains")
-
-    def _existing_socket(self) -> str:
-        return next((each for each in self._sockets if Path(each).exists()), self._sockets[-1])
 
     async def changed(self) -> None:
         """Wait until a domain came, went, ended, was started, or got another label."""
@@ -258,7 +255,9 @@ class LibvirtDriver:
     def ping(self) -> str:
         """Names domains that do not run or cannot be VMs, and a daemon that does not answer."""
         down = [
-            f"{vm} ({self.health_error(vm)})" for vm in self._vms if vm not in self._plans and not self._down
+            f"{vm} ({self.health_error(vm)})"
+            for vm in self._vms
+            if vm not in self._plans and vm not in self._down
         ]
         passed = [f"{domain} cannot be a VM: {why}" for domain, why in sorted(self._passed.items())]
         parts = [f"not running: {', '.join(down)}" if down else "", *passed, self._error]
@@ -433,11 +432,11 @@ class LibvirtDriver:
             async with asyncio.timeout(max(by - time.monotonic(), 0.01)):
                 await in_thread(f"shut down {vm}", partial(self._connected().shut_down, spec.uuid))
         except (OSError, TimeoutError) as error:
-            if not _ended(plan):
+            if not await _ended(plan):
                 raise ShutdownFailed(
                     vm, f"it could not be asked: {error or 'libvirt does not answer'}"
                 ) from error
-        while not _ended(plan):
+        while not await _ended(plan):
             if time.monotonic() >= by:
                 raise ShutdownFailed(
                     vm, "its guest was asked by libvirt and runs on; it was not killed", asked=True
@@ -451,9 +450,9 @@ class LibvirtDriver:
         was_down = vm in self._down
         plan = self._plans.get(vm)
         if was_down and plan is not None:
-            while not _ended(plan) and time.monotonic() < down_by:  # noqa: ASYNC110 - a process of somebody else's
+            while not await _ended(plan) and time.monotonic() < down_by:  # noqa: ASYNC110 - a process of somebody else's
                 await asyncio.sleep(_POLL_S)
-        if plan is not None and not _ended(plan):
+        if plan is not None and not await _ended(plan):
             return False  # it is started when it ends: see `_start_ended`
         await self._start(vm)
         return was_down
@@ -504,10 +503,10 @@ def _risk(plan: LibvirtPlan) -> str:
     return _NOT_PAST_A_HANG if all(path.endswith("/monitor.sock") for path in plan.qmp) else ""
 
 
-def _ended(plan: LibvirtPlan) -> bool:
+async def _ended(plan: LibvirtPlan) -> bool:
     if plan.pid:
         return not alive(plan.pid, plan.start_ticks)
     try:
-        return condition(plan) == "gone"
+        return await in_thread(f"look at {plan.vm}", partial(condition, plan)) == "gone"
     except OSError:
         return False

@@ -38,7 +38,12 @@ async def run(settings: CoordinatorSettings) -> None:
             will=will(Authority(coordinator=settings.instance, epoch=0), settings.fleet),
         )
         coordinator = Coordinator(
-            bus, store, instance=settings.instance, settle_s=settings.settle_s, fleet=settings.fleet
+            bus,
+            store,
+            instance=settings.instance,
+            settle_s=settings.settle_s,
+            fleet=settings.fleet,
+            ignore_retained=settings.broker_retained == "ignored",
         )
         bus.peers = coordinator.known
         registry = CollectorRegistry()

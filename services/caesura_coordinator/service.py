@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 
@@ -30,6 +31,7 @@ from caesura_coordinator.owners import Owners
 from caesura_coordinator.reconciler import Reconciler
 from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.requests import RequestHandler
+from caesura_coordinator.resync import SETTLE_S, FleetResync
 from caesura_coordinator.sender import CommandSender
 from caesura_coordinator.store import CoordinatorStore, SyncedOutbox
 
@@ -83,6 +85,7 @@ class Coordinator:
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         announce_s: float = _ANNOUNCE_S,
         commits: GroupCommit | None = None,
+        ignore_retained: bool = False,
     ) -> None:
         self.bus = bus
         self.store = store
@@ -105,7 +108,7 @@ class Coordinator:
             store,
             self.commits,
             instance=instance,
-            settle_s=settle_s,
+            settle_s=settle_s + (SETTLE_S if ignore_retained else 0.0),
             announce_s=announce_s,
             host_epochs=self._host_epochs,
         )
@@ -156,6 +159,14 @@ class Coordinator:
             fleet_now=lambda: self.fleet,
             now=now,
         )
+        self.resync = FleetResync(
+            self.post,
+            self.leadership,
+            enabled=ignore_retained,
+            vms=lambda: sum(1 for _ in self.fleet.vm_names()),
+            publish=self._publish_state,
+            now=time.monotonic,
+        )
         self.commits.listeners.append(self._dispatcher.on_synced)
         self._subscribe()
 
@@ -201,6 +212,7 @@ class Coordinator:
             "publisher": self.publisher.run,
             "owner publisher": self._owner_publisher.run,
             "store": self.commits.run,
+            "resync": self.resync.run,
         }
 
     def known(self, party: str) -> list[str]:
@@ -265,8 +277,12 @@ class Coordinator:
     async def _on_connected(self) -> None:
         if self.bus.stats.connects > 1:
             self._observed.reconnected(self._now())
-        if not self.is_leader:
-            return
+        self.resync.connected()
+        if self.is_leader:
+            await self._publish_state()
+
+    async def _publish_state(self) -> None:
+        """Everything that a leader retains: the broker may have lost it, or a reader asks."""
         self.owners.reconnected()
         self._owner_records.changed()
         await self.leadership.announce()

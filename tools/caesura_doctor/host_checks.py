@@ -10,7 +10,7 @@ from typing import Any
 
 from caesura.bus.options import parse_address
 from caesura.runtime.errors import ConfigError
-from caesura_doctor.readiness import ask_ready
+from caesura_doctor.service_probes import ask_ready
 from caesura_host.host_files import HostError
 from caesura_host.rehearsal import GuardConnection
 from caesura_host_updater.clocks.reference_clock import is_synchronized

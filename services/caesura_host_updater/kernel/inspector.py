@@ -44,7 +44,7 @@ class _NotSeen(Exception):
     """The host's files cannot be read, or do not answer."""
 
 
-class KernelReadiness:
+class KernelInspector:
     """See the module.
 
     Args:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from caesura_vmcontrol import libvirt_rpc
 from caesura_vmcontrol.freezer_control import Condition
@@ -32,6 +33,26 @@ class DomainPausedBefore(DomainNotPaused):
     """Somebody else had paused it."""
 
 
+class DomainBusy(OSError):
+    """libvirt does something with a paused domain that ends by itself, and resumes it no sooner; the text says what."""
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What the daemon says of a domain in a plan's life.
+
+    Args:
+        domain: None: it is over.
+        not_ours: why it is paused, where it is not ours to resume.
+        busy: what libvirt does with it that ends by itself, and lets nothing resume it until then.
+    """
+
+    condition: Condition
+    domain: Domain | None = None
+    not_ours: str = ""
+    busy: str = ""
+
+
 def libvirt_condition(plan: LibvirtPlan) -> Condition:
     """What the daemon says, and QEMU where it does not answer.
 
@@ -43,8 +64,7 @@ def libvirt_condition(plan: LibvirtPlan) -> Condition:
     """
     try:
         with Libvirt(plan.socket, plan.uri, time.monotonic() + RPC_S) as daemon:
-            domain = find(daemon, plan)
-            return "gone" if domain is None else _condition_of(*daemon.state(domain))
+            return _look(daemon, plan).condition
     except LibvirtRefused as refused:
         return _gone_or_raise(refused)
     except OSError:
@@ -61,8 +81,7 @@ def conditions(plans: Sequence[LibvirtPlan]) -> dict[str, Condition | None]:
         mine = [plan for plan in plans if (plan.socket, plan.uri) == place]
         with suppress(OSError), Libvirt(*place, time.monotonic() + RPC_S) as daemon:
             for plan in mine:
-                domain = find(daemon, plan)
-                found[plan.vm] = "gone" if domain is None else _condition_of(*daemon.state(domain))
+                found[plan.vm] = _look(daemon, plan).condition
         for plan in mine:
             if plan.vm not in found:
                 with suppress(OSError):
@@ -74,30 +93,24 @@ def conditions(plans: Sequence[LibvirtPlan]) -> dict[str, Condition | None]:
 def why_not_ours(plan: LibvirtPlan) -> str:
     """Why a domain that is paused is not to be resumed by us; empty: it is not paused, or is over. Raises OSError."""
     with Libvirt(plan.socket, plan.uri, time.monotonic() + RPC_S) as daemon:
-        domain = find(daemon, plan)
-        if domain is None:
-            return ""
-        state, reason = daemon.state(domain)
-    if state != libvirt_rpc.PAUSED or _condition_of(state, reason) != "gone":
-        return ""
-    return f"libvirt has paused it {pause_reason(reason)}"
+        return _look(daemon, plan).not_ours
 
 
 def resume_domain(plan: LibvirtPlan) -> None:
     """Resume by the daemon; if that does not make it run, by QMP. Raises OSError: it does not run yet."""
     try:
         with Libvirt(plan.socket, plan.uri, time.monotonic() + RPC_S) as daemon:
-            domain = find(daemon, plan)
-            if domain is None:
-                return
-            state, reason = daemon.state(domain)
-            if _condition_of(state, reason) == "frozen":
-                daemon.resume(domain)
+            look = _look(daemon, plan)
+            if look.condition == "frozen" and look.domain is not None:
+                daemon.resume(look.domain)
     except OSError as error:
         if isinstance(error, LibvirtRefused) and error.code == libvirt_rpc.NO_DOMAIN:
             return
         if not _resume_by_qmp(plan):
             raise
+    else:
+        if look.busy:
+            raise DomainBusy(look.busy)
 
 
 def suspend_domain(plan: LibvirtPlan, until: float) -> None:
@@ -121,7 +134,12 @@ def suspend_domain(plan: LibvirtPlan, until: float) -> None:
 
 
 def find(daemon: Libvirt, plan: LibvirtPlan) -> Domain | None:
-    """The domain in the plan's life; None: it is over. Raises OSError."""
+    """The domain in the plan's life; None: it is over. Raises OSError.
+
+    A daemon that was restarted may give an id again, so the process is looked at, too.
+    """
+    if plan.pid and not alive(plan.pid, plan.start_ticks):
+        return None
     try:
         domain = daemon.domain(plan.uuid)
     except LibvirtRefused as refused:
@@ -130,6 +148,35 @@ def find(daemon: Libvirt, plan: LibvirtPlan) -> Domain | None:
         raise
     return domain if domain.number == plan.number else None
 
+
+_BUSY = {
+    libvirt_rpc.SAVE_JOB: "libvirt is saving it to a file",
+    libvirt_rpc.SNAPSHOT_JOB: "libvirt is taking a snapshot of it",
+    libvirt_rpc.DUMP_JOB: "libvirt is dumping its memory",
+}
+
+
+def _look(daemon: Libvirt, plan: LibvirtPlan) -> _Look:
+    domain = find(daemon, plan)
+    if domain is None:
+        return _Look("gone")
+    state, reason = daemon.state(domain)
+    condition = _condition_of(state, reason)
+    if state != libvirt_rpc.PAUSED:
+        return _Look(condition, domain)
+    if condition == "gone":
+        return _Look(condition, domain, f"libvirt has paused it {pause_reason(reason)}")
+    # A resume would wait behind the job for half a minute, and keep one of the daemon's workers from others.
+    job = libvirt_rpc.NO_JOB
+    with suppress(LibvirtRefused):
+        job = daemon.job(domain)
+    if job == libvirt_rpc.MIGRATION_JOB:
+        return _Look("gone", domain, MIGRATES)
+    return _Look("held" if job in _BUSY else condition, domain, busy=_BUSY.get(job, ""))
+
+
+MIGRATES = "libvirt is migrating it to another host"
+"""Why it is left: where it arrives it is paused as it was here."""
 
 _REASONS = {
     1: "by somebody who asked libvirt for it",

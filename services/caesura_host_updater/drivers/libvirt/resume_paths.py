@@ -29,6 +29,13 @@ def plan_of_domain(vm: LibvirtVm, number: int, socket: str, uri: str) -> Libvirt
     return LibvirtPlan(vm.name, socket, uri, vm.uuid, number, 0, 0)
 
 
+def is_same_life(one: LibvirtPlan, other: LibvirtPlan) -> bool:
+    """Whether two plans are of one life of a domain. Its process counts where both know it: ids are given again by a restarted daemon."""
+    if one.pid and other.pid:
+        return (one.pid, one.start_ticks) == (other.pid, other.start_ticks)
+    return one.number == other.number
+
+
 def monitor_sockets(pid: int) -> list[str]:
     """The sockets on which a QEMU of libvirt's listens for the daemon; none where its descriptors may not be read."""
     try:

@@ -9,6 +9,7 @@ from caesura_host_updater.drivers.libvirt.definition import FoundDomain, Libvirt
 from caesura_host_updater.drivers.libvirt.guest_memory import GuestMemory, memory_of_domain
 from caesura_host_updater.drivers.libvirt.resume_paths import plan_of_domain
 from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
+from caesura_vmcontrol.procfs import alive
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,11 @@ class DomainView:
     passed: dict[str, str] = field(default_factory=dict)
 
     def known_plan(self, vm: LibvirtVm, number: int) -> LibvirtPlan | None:
-        """One that has its process stays as it is: paths and rights may change with a restart of the domain only."""
+        """One whose process lives stays as it is: paths and rights may change with a restart of the domain only."""
         known = self.plans.get(vm.name)
-        if known is not None and (known.uuid, known.number) == (vm.uuid, number) and known.pid:
-            return known
-        return None
+        if known is None or (known.uuid, known.number) != (vm.uuid, number):
+            return None
+        return known if known.pid and alive(known.pid, known.start_ticks) else None
 
 
 def look_at_domains(

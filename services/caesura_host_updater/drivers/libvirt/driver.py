@@ -111,7 +111,6 @@ class LibvirtDriver:
         self.plans: dict[str, LibvirtPlan] = {}
         """Domains that run, paused or not."""
         self._seen = DomainView()
-
         self._held: VmsOfOperation[LibvirtPlan] = VmsOfOperation(is_same_life)
         self._left: dict[str, str] = {}
         self._late = LatePauses(self._plan, "libvirt")
@@ -197,12 +196,12 @@ class LibvirtDriver:
         members = dict(view.vms)
         for name in self.vms.keys() & set(self._held) - members.keys():
             members[name] = self.vms[name]
-        if self._error or (members, view.plans, view.passed) != (self.vms, self.plans, self._seen.passed):
+        if self._error or (members, view) != (self.vms, self._seen):
             self._change.set()
         log_members(_called(self.vms), _called(members), "it was undefined, or migrated away")
         log_passed(self._seen.passed, view.passed)
         self._left = {vm: why for vm, why in self._left.items() if vm in view.plans or vm in self._held}
-        self._seen, self.vms, self.plans, self._error = view, members, dict(view.plans), ""
+        self._seen, self.vms, self.plans, self._error = view, members, view.plans, ""
 
     def members(self) -> tuple[LibvirtVm, ...]:
         """The VMs that there are now."""

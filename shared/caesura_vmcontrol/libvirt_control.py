@@ -38,19 +38,21 @@ class DomainBusy(OSError):
 
 
 @dataclass(frozen=True)
-class _Look:
+class DomainLook:
     """What the daemon says of a domain in a plan's life.
 
     Args:
         domain: None: it is over.
         not_ours: why it is paused, where it is not ours to resume.
         busy: what libvirt does with it that ends by itself, and lets nothing resume it until then.
+        migrated: it is over here, for it was migrated to another host; the daemon knows that while it has its definition.
     """
 
     condition: Condition
     domain: Domain | None = None
     not_ours: str = ""
     busy: str = ""
+    migrated: bool = False
 
 
 def libvirt_condition(plan: LibvirtPlan) -> Condition:
@@ -74,18 +76,19 @@ def libvirt_condition(plan: LibvirtPlan) -> Condition:
         return found
 
 
-def conditions(plans: Sequence[LibvirtPlan]) -> dict[str, Condition | None]:
-    """VM to its condition, over one connection for all of one daemon; None: nobody says. Blocking."""
-    found: dict[str, Condition | None] = {}
+def look_at(plans: Sequence[LibvirtPlan]) -> dict[str, DomainLook | None]:
+    """VM to what is said of it, over one connection for all of one daemon; None: nobody says. Blocking."""
+    found: dict[str, DomainLook | None] = {}
     for place in {(plan.socket, plan.uri) for plan in plans}:
         mine = [plan for plan in plans if (plan.socket, plan.uri) == place]
         with suppress(OSError), Libvirt(*place, time.monotonic() + RPC_S) as daemon:
             for plan in mine:
-                found[plan.vm] = _look(daemon, plan).condition
+                found[plan.vm] = _look(daemon, plan)
         for plan in mine:
             if plan.vm not in found:
                 with suppress(OSError):
-                    found[plan.vm] = _condition_by_qmp(plan)
+                    condition = _condition_by_qmp(plan)
+                    found[plan.vm] = None if condition is None else DomainLook(condition)
                 found.setdefault(plan.vm, None)
     return found
 
@@ -149,6 +152,18 @@ def find(daemon: Libvirt, plan: LibvirtPlan) -> Domain | None:
     return domain if domain.number == plan.number else None
 
 
+def _was_migrated(daemon: Libvirt, plan: LibvirtPlan) -> bool:
+    try:
+        domain = daemon.domain(plan.uuid)
+        return domain.number < 0 and daemon.state(domain) == (libvirt_rpc.SHUTOFF, _SHUTOFF_MIGRATED)
+    except LibvirtRefused:  # it is not defined any more
+        return False
+
+
+_SHUTOFF_MIGRATED = 4
+"""VIR_DOMAIN_SHUTOFF_MIGRATED"""
+_BY_MIGRATION = (2, 12)
+"""VIR_DOMAIN_PAUSED_MIGRATION, _POSTCOPY"""
 _BUSY = {
     libvirt_rpc.SAVE_JOB: "libvirt is saving it to a file",
     libvirt_rpc.SNAPSHOT_JOB: "libvirt is taking a snapshot of it",
@@ -156,23 +171,25 @@ _BUSY = {
 }
 
 
-def _look(daemon: Libvirt, plan: LibvirtPlan) -> _Look:
+def _look(daemon: Libvirt, plan: LibvirtPlan) -> DomainLook:
     domain = find(daemon, plan)
     if domain is None:
-        return _Look("gone")
+        return DomainLook("gone", migrated=_was_migrated(daemon, plan))
     state, reason = daemon.state(domain)
     condition = _condition_of(state, reason)
     if state != libvirt_rpc.PAUSED:
-        return _Look(condition, domain)
+        return DomainLook(condition, domain)
+    if reason in _BY_MIGRATION:
+        return DomainLook("gone", domain, MIGRATES)
     if condition == "gone":
-        return _Look(condition, domain, f"libvirt has paused it {pause_reason(reason)}")
+        return DomainLook(condition, domain, f"libvirt has paused it {pause_reason(reason)}")
     # A resume would wait behind the job for half a minute, and keep one of the daemon's workers from others.
     job = libvirt_rpc.NO_JOB
     with suppress(LibvirtRefused):
         job = daemon.job(domain)
     if job == libvirt_rpc.MIGRATION_JOB:
-        return _Look("gone", domain, MIGRATES)
-    return _Look("held" if job in _BUSY else condition, domain, busy=_BUSY.get(job, ""))
+        return DomainLook("gone", domain, MIGRATES)
+    return DomainLook("held" if job in _BUSY else condition, domain, busy=_BUSY.get(job, ""))
 
 
 MIGRATES = "libvirt is migrating it to another host"

@@ -80,9 +80,7 @@ def vm_resumed(op: Operation, event: ResumeEnded) -> Decision:
     if event.was_held:
         op, effects = _was_frozen(op, event.vm)
     by = "updater" if vm_of(op, event.vm).called_at is not None and event.end == "running" else "nobody"
-    detail = vm_of(op, event.vm).detail
-    if event.end != "gone":  # what is known of its end is the error's
-        detail = event.detail or detail
+    detail = event.detail or vm_of(op, event.vm).detail
     op = changed_vm(op, event.vm, resumed_at=event.at, end=event.end, resumed_by=by, detail=detail)
     if event.end != "running":
         why = ended_while_paused(event.detail)

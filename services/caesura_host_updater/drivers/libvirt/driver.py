@@ -45,20 +45,22 @@ from caesura_host_updater.drivers.remote_pauses import LatePauses, ResumeTries
 from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.libvirt_control import (
     MIGRATES,
+    DomainLook,
     DomainNotPaused,
     DomainPausedBefore,
-    conditions,
+    look_at,
     suspend_domain,
     why_not_ours,
 )
 from caesura_vmcontrol.libvirt_rpc import LibvirtPlan, LibvirtSilent
+from caesura_vmcontrol.procfs import alive
 from caesura_vmcontrol.vm_control import condition, resume_vm
 
 _LOOK_S = 5.0  # s: between two looks without an event
 _ASK_S = 5.0  # s: for a list of the domains; it takes milliseconds
 _SETTLE_S = 0.02  # s: events of one change come together
 _STEP_S = 0.005  # s: between two looks at a domain that is to be paused or to run
-_ENDING_S = 0.5  # s: within which libvirt tells how a domain ended; some milliseconds are usual
+_ENDING_S = 3.0  # s: from the end of a process until libvirt tells why; some milliseconds are usual, it cleans up first
 _STATES: dict[Condition, VmState] = {
     "running": "running",
     "held": "paused",
@@ -293,30 +295,23 @@ class LibvirtDriver:
     async def read_states(self) -> Mapping[str, VmState]:
         """From libvirt, and from QEMU where that does not answer; in a thread."""
         plans = dict(self.plans)
-        found = await in_thread("states", lambda: conditions(list(plans.values())))
+        found = await in_thread("states", lambda: look_at(list(plans.values())))
         states: dict[str, VmState] = dict.fromkeys(self.vms, "stopped")
-        for vm, state in found.items():
+        for vm, look in found.items():
             if vm in states and not self._held.was_started_again(vm, plans[vm]):
-                states[vm] = "unknown" if state is None else _STATES[state]
+                states[vm] = _state_of(look)
                 if states[vm] == "running":
                     self._left.pop(vm, None)
         for vm in self._held:
-            if states.get(vm) == "stopped" and await self._is_elsewhere(vm):
-                states[vm] = (
-                    "unknown"  # it may run there or be paused, which nobody here can know; `resume` names it
-                )
+            if states.get(vm) == "stopped" and await self._was_migrated(vm):
+                states[vm] = "unknown"
         return states
 
-    async def _is_elsewhere(self, vm: str) -> bool:
-        """Whether a domain of an operation that is over here was migrated, or is being migrated, to another host."""
-        spec, plan = self.vms[vm], self.plans.get(vm)
-        if plan is not None:
-            if self._held.was_started_again(vm, plan):
-                return False
-            with suppress(OSError):
-                if MIGRATES in await in_thread(f"look at {vm}", partial(why_not_ours, plan)):
-                    return True
-        ask = partial(self._connected().was_migrated, spec.uuid, _ENDING_S)
+    async def _was_migrated(self, vm: str) -> bool:
+        """Whether a domain of an operation that is over here was migrated to another host."""
+        if self._held.was_started_again(vm, self.plans.get(vm)):
+            return False
+        ask = partial(self._connected().was_migrated, self.vms[vm].uuid, _ENDING_S)
         return await in_thread(f"end of {vm}", ask)
 
     # -- freezing -----------------------------------------------------------------------------------------
@@ -339,7 +334,7 @@ class LibvirtDriver:
     def resume_plan(self, vm: str) -> LibvirtPlan:
         """Through libvirt, and past it where there is a way."""
         plan = self.plans.get(vm)
-        if plan is None:
+        if plan is None or (plan.pid and not alive(plan.pid, plan.start_ticks)):
             raise DriverError(vm, self.health_error(vm) or "its domain does not run")
         return plan
 
@@ -396,7 +391,7 @@ class LibvirtDriver:
         result = await self._tries.resume(
             vm, timeout_s, lambda: self._resume(vm, timeout_s), "libvirt has not resumed it"
         )
-        if result == "gone" and vm in self._held and vm not in self._left and await self._is_elsewhere(vm):
+        if result == "gone" and vm in self._held and vm not in self._left and await self._was_migrated(vm):
             self._left[vm] = _MIGRATED.format(self.vms[vm].domain_name)
         return "left" if vm in self._left else result
 
@@ -484,6 +479,12 @@ class LibvirtDriver:
         if spec is None or found is None or not found.agent_connected:
             raise NotPossible(vm, "no guest agent has opened its port in the guest (org.qemu.guest_agent.0)")
         return spec.uuid
+
+
+def _state_of(look: DomainLook | None) -> VmState:
+    if look is None or look.migrated:
+        return "unknown"  # elsewhere it may run or be paused, which nobody here can know; `resume` names it
+    return "paused" if look.not_ours else _STATES[look.condition]
 
 
 def _called(vms: Mapping[str, LibvirtVm]) -> dict[str, str]:

@@ -23,7 +23,7 @@ _DEFAULT_MACHINE = re.compile(r"^q35 .*\(alias of (\S+)\)", re.MULTILINE)
 _VERSION = re.compile(r"version (\d+\.\d+(\.\d+)?)")
 
 
-class Host(msgspec.Struct, frozen=True, kw_only=True):
+class MeasuredHost(msgspec.Struct, frozen=True, kw_only=True):
     """What a measurement uses. ``machine``: the versioned machine type that this QEMU calls q35."""
 
     binary: str
@@ -34,7 +34,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
 
 def look_for_needs(
     binary: str, memory_mib: int, guest: Path | None, add: Callable[[Diagnosis], None]
-) -> Host | None:
+) -> MeasuredHost | None:
     """What a measurement needs; None: something is missing, which was added as a finding with its remedy.
 
     Args:
@@ -47,7 +47,7 @@ def look_for_needs(
     image = _image(guest, add)
     if qemu is None or image is None or not room:
         return None
-    return Host(binary=qemu[0], version=qemu[1], machine=qemu[2], image=image)
+    return MeasuredHost(binary=qemu[0], version=qemu[1], machine=qemu[2], image=image)
 
 
 def _qemu(binary: str, add: Callable[[Diagnosis], None]) -> tuple[str, str, str] | None:

@@ -1,4 +1,4 @@
-"""Boots a small guest of ours on this host, and measures how long each method pauses it and how right its clock is afterwards.
+"""Boots our small guest on this host, and measures how long each method pauses it and how right its clock is afterwards.
 
 The guest is run by the driver ``qemu``, as a host updater has it, in folders of its own: no host updater, no pause guard and no VM of the
 host has to do with it. Whatever ends the measurement ends the guest: the driver at the end and on Ctrl-C, a sweeper if this process is killed.
@@ -22,7 +22,7 @@ from caesura.runtime.errors import CaesuraError
 from caesura.runtime.identity import new_id
 from caesura_demo.sweeper import start_sweeper
 from caesura_doctor.figures import METHODS, Figures, MeasuredMethod, PauseSample, figures_of
-from caesura_doctor.measure_checks import RAM_DIR, Host
+from caesura_doctor.measure_checks import RAM_DIR, MeasuredHost
 from caesura_host_updater.drivers.port import DriverError
 from caesura_host_updater.drivers.qemu.accel import Accelerator, find_accelerator
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions, QemuVm
@@ -47,14 +47,16 @@ class MeasurementFailed(CaesuraError):
     """The guest did not come up, or a pause of it failed; the text says which."""
 
 
-async def choose_accelerator(choice: AcceleratorChoice, host: Host) -> Accelerator:
+async def choose_accelerator(choice: AcceleratorChoice, host: MeasuredHost) -> Accelerator:
     """KVM if a kernel boots with it, else TCG and why; seconds where it must be tried."""
     if choice != "auto":
         return Accelerator(choice, "as --accel says")
     return await find_accelerator(host.binary, cpu=_CPU, kernel=host.image.kernel)
 
 
-async def measure(host: Host, accelerator: Accelerator, *, memory_mib: int, runs: int, say: Say) -> Figures:
+async def measure(
+    host: MeasuredHost, accelerator: Accelerator, *, memory_mib: int, runs: int, say: Say
+) -> Figures:
     """``runs`` pauses of each method, by turns.
 
     Raises:
@@ -110,7 +112,7 @@ class _Guest:
 
     def __init__(
         self,
-        host: Host,
+        host: MeasuredHost,
         accelerator: Accelerator,
         memory_mib: int,
         folder: Path,

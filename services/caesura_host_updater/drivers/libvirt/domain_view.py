@@ -32,13 +32,6 @@ class DomainView:
     memories: dict[str, GuestMemory] = field(default_factory=dict)
     passed: dict[str, str] = field(default_factory=dict)
 
-    def known_plan(self, vm: LibvirtVm, number: int) -> LibvirtPlan | None:
-        """One whose process lives stays as it is: paths and rights may change with a restart of the domain only."""
-        known = self.plans.get(vm.name)
-        if known is None or (known.uuid, known.number) != (vm.uuid, number):
-            return None
-        return known if known.pid and alive(known.pid, known.start_ticks) else None
-
 
 def look_at_domains(
     connection: LibvirtConnection, options: LibvirtOptions, socket: str, before: DomainView
@@ -51,13 +44,11 @@ def look_at_domains(
     plans, memories = {}, {}
     for vm in vms:
         number = numbers.get(vm.uuid)
-        if number is None:
-            continue
-        known = before.known_plan(vm, number)
-        plans[vm.name] = known or plan_of_domain(vm, number, socket, options.uri)
-        memories[vm.name] = (
-            before.memories[vm.name] if known is not None else memory_of_domain(plans[vm.name])
-        )
+        plan = None if number is None else _plan_of(vm, number, socket, options.uri, before)
+        if plan is not None:
+            plans[vm.name] = plan
+            unchanged = plan.pid and plan == before.plans.get(vm.name)
+            memories[vm.name] = before.memories[vm.name] if unchanged else memory_of_domain(plan)
     return DomainView(
         version,
         {domain.uuid: domain for domain in domains},
@@ -66,3 +57,14 @@ def look_at_domains(
         memories,
         passed,
     )
+
+
+def _plan_of(vm: LibvirtVm, number: int, socket: str, uri: str, before: DomainView) -> LibvirtPlan | None:
+    """One whose process lives stays as it is: paths and rights may change with a restart of the domain only."""
+    known = before.plans.get(vm.name)
+    if known is None or not known.pid or (known.uuid, known.number) != (vm.uuid, number):
+        return plan_of_domain(vm, number, socket, uri)
+    if alive(known.pid, known.start_ticks):
+        return known
+    found = plan_of_domain(vm, number, socket, uri)  # a daemon that was restarted gives ids again
+    return found if found is not None and found.pid else None

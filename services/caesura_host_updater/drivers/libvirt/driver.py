@@ -31,7 +31,7 @@ from caesura_host_updater.drivers.libvirt.guest_memory import (
     memory_digest_of,
     sampled_memory_of,
 )
-from caesura_host_updater.drivers.libvirt.restarting import Restarter
+from caesura_host_updater.drivers.libvirt.restarting import DomainRestarter
 from caesura_host_updater.drivers.libvirt.resume_paths import is_same_life
 from caesura_host_updater.drivers.port import (
     Capabilities,
@@ -119,7 +119,7 @@ class LibvirtDriver:
         self._tries = ResumeTries()
         self._error = "libvirt was not asked yet"
         self._domains = SingleLook(self._ask, _ASK_S, self._silent)
-        self._restarter = Restarter(self, self._connected, self._domains.take, self._folder)
+        self._restarter = DomainRestarter(self, self._connected, self._domains.take, self._folder)
         self._event = asyncio.Event()
         self._change = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None

@@ -27,7 +27,7 @@ _REMEDY = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryB
 
 
 class GuestMemory(msgspec.Struct, frozen=True):
-    """Where it is. ``path`` is opened anew each time; ``error``: why it cannot be read, and then there is no path."""
+    """Where it is. ``path`` is opened for each digest; ``error``: why it cannot be read, and then there is no path."""
 
     path: str = ""
     size_bytes: int = 0

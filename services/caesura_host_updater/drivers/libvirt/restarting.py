@@ -34,7 +34,7 @@ class Domains(Protocol):
         """Those that run, paused or not."""
 
 
-class Restarter:
+class DomainRestarter:
     """See the module. All instants are seconds on CLOCK_MONOTONIC.
 
     Args:

@@ -16,8 +16,8 @@ from caesura.contract.codec import Received
 from caesura.contract.envelope import source_of
 from caesura.lifecycle.command_compatibility import COMMANDS
 from caesura.lifecycle.epoch import epoch_floor, leaps
+from caesura.runtime.commits import DurableCommits
 from caesura.runtime.errors import CaesuraError
-from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.identity import new_id
 from caesura.runtime.logs import get_logger
 from caesura_coordinator.authority import Authority
@@ -43,6 +43,11 @@ class LeadershipLost(CaesuraError):
     """Another coordinator has claimed a higher epoch; this one no longer has authority."""
 
     exit_code = 3
+
+    def __init__(self, why: str, epoch: int = 0) -> None:
+        super().__init__(why)
+        self.epoch = epoch
+        """The higher one; 0: there is none, the authority was given back."""
 
 
 def presence(authority: Authority, *, online: bool) -> m.CoordinatorPresence:
@@ -70,6 +75,7 @@ class Leadership:
         settle_s: how many seconds to wait for the retained messages before the first claim.
         announce_s: seconds between two announcements of an unchanged presence.
         host_epochs: the epochs that hosts obey.
+        holds: whether nothing but the bus can show that another coordinator leads.
     """
 
     def __init__(
@@ -77,12 +83,13 @@ class Leadership:
         bus: Bus,
         post: MessageClient,
         store: CoordinatorStore,
-        commits: GroupCommit,
+        commits: DurableCommits,
         *,
         instance: str,
         settle_s: float,
         announce_s: float,
         host_epochs: Callable[[], list[int]],
+        holds: Callable[[], bool] = lambda: True,
     ) -> None:
         self.authority = Authority(coordinator=f"{instance}-{new_id()[:8]}", epoch=0)
         self.claimed = False
@@ -94,6 +101,7 @@ class Leadership:
         self._commits = commits
         self._settle_s = settle_s
         self._host_epochs = host_epochs
+        self._holds = holds
         self._contested = asyncio.Event()
         """Another coordinator has claimed this one's epoch."""
         self._superseded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -107,7 +115,7 @@ class Leadership:
     @property
     def is_leader(self) -> bool:
         """Whether an epoch is claimed and no coordinator has claimed a higher one."""
-        return self.claimed and not self._superseded.done()
+        return self.claimed and not self._superseded.done() and self._holds()
 
     @property
     def superseded(self) -> bool:
@@ -200,6 +208,7 @@ class Leadership:
             self._superseded.set_exception(
                 LeadershipLost(
                     f"coordinator {coordinator} has claimed epoch {epoch}, this one had {mine.epoch}: standing down. "
-                    "Run one coordinator, or let a standby take over only when the first is stopped."
+                    "Run one coordinator, or let a standby take over only when the first is stopped.",
+                    epoch,
                 )
             )

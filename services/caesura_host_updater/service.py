@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from caesura.bus.messaging import MessageClient
-from caesura.bus.options import parse_address
+from caesura.bus.options import parse_addresses
 from caesura.bus.port import Bus, BusError, Delivery
 from caesura.bus.presence import Presence
 from caesura.contract.codec import Received
@@ -50,7 +50,7 @@ from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.inventory.installs import installed
 from caesura_host_updater.inventory.publisher import InventoryPublisher
 from caesura_host_updater.journal import Journal, JournalThread
-from caesura_host_updater.kernel.readiness import KernelReadiness
+from caesura_host_updater.kernel.inspector import KernelInspector
 from caesura_host_updater.metrics import HostMetrics
 from caesura_host_updater.operation.crash_recovery import CrashRecovery
 from caesura_host_updater.operation.current_operation import CurrentOperation
@@ -141,11 +141,11 @@ class HostUpdater:
             self._fact_factory, journal=journal, outbox=self.outbox, clocks=self.clocks, metrics=metrics
         )
         self._view = VmView(self._vms, driver)
-        self._kernel = KernelReadiness(
+        self._kernel = KernelInspector(
             host.kernel,
             state_dir=Path(settings.state_dir),
             guard_pid=lambda: guard.pid,
-            broker_host=parse_address(settings.broker_url).host,
+            broker_hosts=[each.host for each in parse_addresses(settings.broker_url)],
             changed=self._changed.set,
         )
         self._recovery = CrashRecovery(

@@ -55,7 +55,7 @@ def _serve(argv: Sequence[str]) -> int:
     # Guests are paused while an arrival starts, and it needs none of this.
     import argparse  # noqa: PLC0415
 
-    from caesura_pause_guard.examination import Examination  # noqa: PLC0415
+    from caesura_pause_guard.earlier_boots import Examination  # noqa: PLC0415
     from caesura_pause_guard.server import AlreadyRunning, GuardServer  # noqa: PLC0415
     from caesura_vmcontrol.marked_pauses import marked_and_paused  # noqa: PLC0415
     from caesura_vmcontrol.notify import Notifier  # noqa: PLC0415

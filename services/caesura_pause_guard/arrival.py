@@ -1,7 +1,7 @@
 """The first acts of the guard in another kernel: clock, boot counters, guests' memory, then each guest is loaded and resumed.
 
 Run by the initramfs or a unit as root before anything else of the system, or by the ordinary guard when neither did. It may be killed at
-any step, run again, and run twice at once: what is decided about a guest is in its claims. The load itself is ``replacing``'s, in
+any step, run again, and run twice at once: what is decided about a guest is in its claims. The load itself is ``qemu_replace``'s, in
 ``caesura_vmcontrol``, as after every other replace.
 """
 
@@ -28,7 +28,7 @@ from caesura_vmcontrol.hardware_watchdog import HardwareWatchdog
 from caesura_vmcontrol.intent import Intent, IntentFile, UnreadableIntent
 from caesura_vmcontrol.kernel_change import Arrival, By, HostClock, KernelChange, Left, VmArrival
 from caesura_vmcontrol.procfs import boot_id
-from caesura_vmcontrol.qemu_control import condition, thaw
+from caesura_vmcontrol.qemu_control import condition, resume_guest
 from caesura_vmcontrol.qemu_plans import ReplacePlan
 from caesura_vmcontrol.ram_places import RamIdentity, carve_out_error, find_error
 from caesura_vmcontrol.resume_plans import ResumePlan
@@ -45,7 +45,7 @@ _TRIES = 4  # of one guest, its command lines in turn; then the boot continues a
 _LOAD_S = 300.0  # s: the same, if each try takes long
 _LOCK_S = 120.0  # s: for another arrival to end; claims keep two apart even so
 _AGAIN_S = 0.01  # s: between two tries
-_REHEARSAL_S = 120.0  # s: for a QEMU without a guest to start; as for one with a guest, see replacing
+_REHEARSAL_S = 120.0  # s: for a QEMU without a guest to start; as for one with a guest, see qemu_replace
 _SOCKETS = "/run/caesura"
 """Where the units have the sockets' folders; only root makes something in /run, and it makes nothing there that a plan names."""
 _SAID = 200  # characters of what it says instead
@@ -317,7 +317,7 @@ def _try(plan: ReplacePlan) -> VmArrival:
     why = ""
     try:
         if condition(plan) != "running":
-            thaw(plan)
+            resume_guest(plan)
     except OSError as error:
         why = str(error)
     running_at = time.time()

@@ -24,7 +24,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from caesura_pause_guard.leaving import Leaving, check_plans
+from caesura_pause_guard.departure import Departure, check_plans
 from caesura_vmcontrol import kernel_change
 from caesura_vmcontrol.guard_socket import MAX_LINE_BYTES, socket_address
 from caesura_vmcontrol.intent import Intent
@@ -76,14 +76,14 @@ class GuardServer:
         *,
         exit_when_alone_s: float | None,
         notifier: Notifier | None = None,
-        leaving: Leaving | None = None,
+        departure: Departure | None = None,
     ) -> None:
         self._folder = folder
         self._watch = watch
         self._log = log
         self._exit_when_alone_s = exit_when_alone_s
         self._notifier = notifier or Notifier()
-        self._leaving = leaving or Leaving(folder, watch, log)
+        self._departure = departure or Departure(folder, watch, log)
         self._clients: dict[int, _Client] = {}
         self._owner: _Client | None = None
         self._owner_pidfd: int | None = None
@@ -263,7 +263,7 @@ class GuardServer:
     def _leave(self, client: _Client, request: dict[str, Any]) -> None:
         if client is not self._owner:
             raise GuardRefusal("only who armed the operation may have it leave the kernel")
-        self._leaving.leave(str(request["operation"]), float(request["by"]))
+        self._departure.leave(str(request["operation"]), float(request["by"]))
 
     def _status(self) -> dict[str, Any]:
         intent = self._watch.intent
@@ -296,7 +296,7 @@ class GuardServer:
         self._owner = client
         self._owner_pidfd = pidfd
         if intent.kernel_change is not None:
-            self._leaving.measure()
+            self._departure.measure()
         self._selector.register(pidfd, selectors.EVENT_READ, lambda: self._owner_died(pidfd))
 
     def _owner_died(self, pidfd: int) -> None:

@@ -32,7 +32,7 @@ Beside the claims there are notes of how far the operation came, which QEMU's st
     away was paused or migrated by somebody else.
 ``accepted``, ``refused``
     QEMU's answer to our migration. With neither, a migration may be ours or somebody else's: it is ours if something
-    of it arrived, see ``swapping.is_ours`` and ``replacing.is_ours``.
+    of it arrived, see ``qemu_swap.is_ours`` and ``qemu_replace.is_ours``.
 ``ran``
     The claimed new process ran the guest. If the guest is paused after that, somebody else paused it.
 ``arrived-BOOT8``

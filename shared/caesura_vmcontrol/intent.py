@@ -14,7 +14,7 @@ from caesura_vmcontrol import kernel_change
 from caesura_vmcontrol.durable_files import sync_folder, write_durably
 from caesura_vmcontrol.kernel_change import KernelChange
 from caesura_vmcontrol.resume_plans import ResumePlan, plan_from_json, plan_to_json
-from caesura_vmcontrol.sealed import is_sealed, seal, unseal
+from caesura_vmcontrol.sealed_files import is_sealed, seal, unseal
 
 _FILE = "guard-intent.json"
 FORMAT = 1

@@ -25,7 +25,7 @@ from caesura_vmcontrol.durable_files import sync_folder
 from caesura_vmcontrol.plan_errors import BadPlan
 from caesura_vmcontrol.qemu_plans import QemuPlan, Vmm
 from caesura_vmcontrol.resume_plans import CgroupPlan, ResumePlan, SignalPlan, plan_from_json, plan_to_json
-from caesura_vmcontrol.sealed import Damaged, seal, unseal
+from caesura_vmcontrol.sealed_files import Damaged, seal, unseal
 
 FOLDER = "pauses"
 OPERATIONS = ".operations"

@@ -1,4 +1,4 @@
-"""One ``thaw`` of an operation at a time, as far as possible: for smoothness, never for safety.
+"""One ``resume_guest`` of an operation at a time, as far as possible: for smoothness, never for safety.
 
 A process that does not get its turn in time continues without it: the claims keep it safe. The turn of a process that
 ends is released by the kernel (flock(2)); that of a process that was stopped while it held it is passed over.

@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from caesura_vmcontrol.bounded import CallTimeout, within
+from caesura_vmcontrol.bounded_calls import CallTimeout, within
 from caesura_vmcontrol.bounded_read import environs
 from caesura_vmcontrol.procfs import (
     DEAD,

@@ -9,7 +9,7 @@ import os
 import time
 from typing import Literal
 
-from caesura_vmcontrol import claims, replacing, swapping
+from caesura_vmcontrol import claims, qemu_replace, qemu_swap
 from caesura_vmcontrol.boots import in_this_boot, of_this_boot
 from caesura_vmcontrol.operation_lock import try_lock
 from caesura_vmcontrol.process_control import sigcont
@@ -18,9 +18,7 @@ from caesura_vmcontrol.qemu_plans import QemuPlan, ReplacePlan, SwapPlan, VmmPla
 from caesura_vmcontrol.qmp_commands import ProcessGone, look, make_run, reach
 
 _FREEZE_S = 1.0  # s: one call
-_TURN_SWAP_S = (
-    1.5  # s: how long we wait for another ``thaw`` of the same operation, a little longer than one takes
-)
+_TURN_SWAP_S = 1.5  # s: how long we wait for another ``resume_guest`` of the same operation, a little longer than one takes
 _TURN_REPLACE_S = 4.5
 
 
@@ -33,13 +31,13 @@ def condition(plan: VmmPlan) -> Literal["running", "held", "frozen", "gone"]:
     if isinstance(plan, QemuPlan):
         return look(plan.vmm.pid, plan.vmm.start_ticks, [plan.vmm.qmp], ours=lambda: False)
     plan = in_this_boot(plan)
-    replacing.check_place(plan)
+    qemu_replace.check_place(plan)
     paths = [plan.new.qmp if isinstance(plan, SwapPlan) else plan.qmp, plan.old.qmp]
     _, owner = _current(plan)
     theirs = claims.untouched(plan.claims)
 
     def ours() -> bool:
-        return swapping.is_ours(plan) if isinstance(plan, SwapPlan) else replacing.is_ours(plan)
+        return qemu_swap.is_ours(plan) if isinstance(plan, SwapPlan) else qemu_replace.is_ours(plan)
 
     if owner is None:
         over = heir(plan) if isinstance(plan, ReplacePlan) and not os.path.isdir(plan.claims) else None
@@ -62,7 +60,7 @@ def condition(plan: VmmPlan) -> Literal["running", "held", "frozen", "gone"]:
     return "gone" if owner.kind == "gone" else "held"
 
 
-def thaw(plan: VmmPlan) -> None:
+def resume_guest(plan: VmmPlan) -> None:
     """Make the guest run in exactly one process; which one is decided here if it is undecided. Blocking, about a second.
 
     Raises:
@@ -80,10 +78,10 @@ def thaw(plan: VmmPlan) -> None:
     try:
         if isinstance(plan, SwapPlan):
             with try_lock(plan.claims, _TURN_SWAP_S):
-                swapping.recover(plan)
+                qemu_swap.recover(plan)
         else:
             with try_lock(plan.claims, _TURN_REPLACE_S) as alone:
-                replacing.recover(plan, alone=alone)
+                qemu_replace.recover(plan, alone=alone)
     except claims.BadClaim as error:
         raise OwnershipUnknown(f"{plan.claims}: {error}") from error
 
@@ -94,7 +92,7 @@ def heir(plan: SwapPlan | ReplacePlan) -> claims.Owner | None:
     if isinstance(plan, SwapPlan):
         others = [(each.pid, each.start_ticks) for each in (plan.new,) if alive(each.pid, each.start_ticks)]
     else:
-        others = [(each.pid, each.start_ticks) for each in replacing.started(plan)]
+        others = [(each.pid, each.start_ticks) for each in qemu_replace.started(plan)]
     lives = alive(plan.old.pid, plan.old.start_ticks)
     if len(others) + lives > 1:
         return None

@@ -14,7 +14,7 @@ from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
 from caesura_vmcontrol.procfs import Process
 from caesura_vmcontrol.resume_plans import CgroupPlan, ResumePlan, SignalPlan
 
-__all__ = ["Condition", "condition", "thaw"]
+__all__ = ["Condition", "condition", "resume_vm"]
 
 
 def condition(plan: ResumePlan, table: Mapping[int, Process] | None = None) -> Condition:
@@ -38,7 +38,7 @@ def condition(plan: ResumePlan, table: Mapping[int, Process] | None = None) -> C
             return qemu_control.condition(plan)
 
 
-def thaw(plan: ResumePlan, table: Mapping[int, Process] | None = None) -> None:
+def resume_vm(plan: ResumePlan, table: Mapping[int, Process] | None = None) -> None:
     """Ask the kernel to let the VM run; for QEMU guests, bring what was begun to an end: see ``qemu_control``.
 
     Whether it runs is what ``condition`` says afterwards.
@@ -56,4 +56,4 @@ def thaw(plan: ResumePlan, table: Mapping[int, Process] | None = None) -> None:
         case LibvirtPlan():
             libvirt_control.resume_domain(plan)
         case _:
-            qemu_control.thaw(plan)
+            qemu_control.resume_guest(plan)

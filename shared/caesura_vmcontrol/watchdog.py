@@ -9,14 +9,14 @@ from dataclasses import asdict
 from typing import Any, Literal, Protocol
 
 from caesura_vmcontrol import claims
-from caesura_vmcontrol.bounded import BoundedCalls
+from caesura_vmcontrol.bounded_calls import BoundedCalls
 from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.intent import GuardAction, Intent, Intervention
 from caesura_vmcontrol.kernel_change import VmArrival
 from caesura_vmcontrol.probes import ASKING_PLANS, ProbeResult, SocketProbes
 from caesura_vmcontrol.procfs import Process, process_table
 from caesura_vmcontrol.resume_plans import ResumePlan, SignalPlan
-from caesura_vmcontrol.vm_control import condition, thaw
+from caesura_vmcontrol.vm_control import condition, resume_vm
 
 _RETRY_S = 0.005  # s: between two looks at VMs that do not run yet
 _ENFORCE_S = 0.02  # s: between two looks while a late freeze of a stopped updater may still arrive
@@ -78,7 +78,7 @@ class Watchdog:
         *,
         clock: Callable[[], float] = time.monotonic,
         look: Callable[[ResumePlan, Mapping[int, Process] | None], Condition] = condition,
-        release: Callable[[ResumePlan, Mapping[int, Process] | None], None] = thaw,
+        release: Callable[[ResumePlan, Mapping[int, Process] | None], None] = resume_vm,
     ) -> None:
         self._store = store
         self._log = log

@@ -13,7 +13,7 @@ from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.port import NotRunningYet
 from caesura_vmcontrol.resume_plans import ResumePlan
-from caesura_vmcontrol.vm_control import condition, thaw
+from caesura_vmcontrol.vm_control import condition, resume_vm
 
 _LATE_S = 600.0
 """s: how long a pause that was not answered is looked for: a request that was accepted may take effect later."""
@@ -63,7 +63,7 @@ class LatePauses:
             # Our next pause may have begun since.
             if plan.vm not in self._until or condition(plan) in ("running", "gone"):
                 return False
-            thaw(plan)
+            resume_vm(plan)
             return True
 
 

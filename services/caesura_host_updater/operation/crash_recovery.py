@@ -45,7 +45,7 @@ from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.kernel_change import HostClock
 from caesura_vmcontrol.procfs import boot_id
 from caesura_vmcontrol.qemu_plans import ReplacePlan
-from caesura_vmcontrol.replacing import give_up
+from caesura_vmcontrol.qemu_replace import give_up
 
 _RESUME_TRY_S = 0.25  # s: one try of a resume
 _ORPHANS_S = 10.0  # s: to find what an update left behind; stuck processes take half a second each

@@ -116,7 +116,7 @@ class Marking(Protocol):
 
 
 class Kernels(Protocol):
-    """What an operation needs to know of the host's kernel; ``KernelReadiness`` is the real one."""
+    """What an operation needs to know of the host's kernel; ``KernelInspector`` is the real one."""
 
     async def error(self, release: str, budget_s: float) -> str:
         """Why the host cannot start the loaded kernel under its VMs, or that it is another one; empty: it can."""

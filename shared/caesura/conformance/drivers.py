@@ -31,7 +31,7 @@ from caesura_host_updater.drivers.port import (
 from caesura_vmcontrol.container_engine import EnginePlan
 from caesura_vmcontrol.procfs import alive, read_process
 from caesura_vmcontrol.resume_plans import CgroupPlan, mechanism_of
-from caesura_vmcontrol.vm_control import condition, thaw
+from caesura_vmcontrol.vm_control import condition, resume_vm
 
 __all__ = ["DriverConformance", "DriverHarness", "DriverRuns", "freeze_deadline"]
 
@@ -82,7 +82,7 @@ class DriverConformance:
         vm = harness.vms[1]
         plan = driver.resume_plan(vm)
         await driver.freeze(vm, freeze_deadline())
-        thaw(plan)
+        resume_vm(plan)
         async with asyncio.timeout(patient(5)):
             while condition(plan) != "running" or (await driver.read_states())[vm] != "running":  # noqa: ASYNC110 - nobody calls us
                 await asyncio.sleep(0.002)
@@ -223,7 +223,7 @@ class DriverConformance:
             os.kill(pid, signal.SIGKILL)
         await first.close(stop_vms=False)
         if dies_only_when_thawed:
-            thaw(plan)
+            resume_vm(plan)
         async with asyncio.timeout(patient(10)):
             while condition(plan) != "gone":  # noqa: ASYNC110 - the kernel does not call us
                 await asyncio.sleep(0.01)

@@ -25,7 +25,7 @@ from caesura_host_updater.drivers.port import DriverError, FreezeFailed
 from caesura_testing.containers import Engine
 from caesura_testing.patience import patient
 from caesura_vmcontrol.resume_plans import cgroup_of
-from caesura_vmcontrol.vm_control import condition, thaw
+from caesura_vmcontrol.vm_control import condition, resume_vm
 
 
 async def until(holds: Callable[[], bool], what: str, timeout_s: float = 20) -> None:
@@ -112,7 +112,7 @@ async def test_an_engine_that_hangs_in_the_pause_holds_it_up_for_a_moment_only(
     await driver.freeze("a", freeze_deadline())
     with hung(docker):
         began = time.monotonic()
-        thaw(plan)  # as the guard does
+        resume_vm(plan)  # as the guard does
         assert condition(plan) == "running"
         assert time.monotonic() - began < patient(1.0)
     # The engine wakes up with an unpause in its socket, and may call the container paused from now on. The next pause puts
@@ -131,7 +131,7 @@ async def test_a_container_that_was_resumed_beside_a_live_engine_can_be_paused_a
     driver, name = one
     plan = driver.resume_plan("a")
     await driver.freeze("a", freeze_deadline())
-    thaw(cgroup_of(plan))
+    resume_vm(cgroup_of(plan))
     assert (condition(plan), inspect(name, "{{.State.Paused}}")) == ("running", "true")
     assert (await driver.read_states())["a"] == "running", "the kernel's word counts"
     await driver.freeze("a", freeze_deadline())
@@ -191,7 +191,7 @@ async def test_a_container_that_is_removed_in_the_pause(one: Any, docker: Engine
     async with asyncio.timeout(patient(20)):
         await driver.changed()
     assert condition(plan) == "gone"
-    thaw(plan)  # as the guard does: nothing to do, and no error
+    resume_vm(plan)  # as the guard does: nothing to do, and no error
     assert await driver.resume("a", 5) == "gone"
     await until(lambda: "there is no container" in driver.ping() or "has ended" in driver.ping(), "its end")
     with pytest.raises(DriverError):

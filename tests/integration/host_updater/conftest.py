@@ -346,7 +346,7 @@ class Host:
 def end_vm(plan: Any, run: dict[str, Any]) -> None:
     """Thaw and kill a VM from outside."""
     from caesura_vmcontrol.resume_plans import SignalPlan  # noqa: PLC0415
-    from caesura_vmcontrol.vm_control import thaw  # noqa: PLC0415# noqa: PLC0415
+    from caesura_vmcontrol.vm_control import resume_vm  # noqa: PLC0415
 
     if isinstance(plan, SignalPlan):
         pids = [member.pid for member in plan.members(process_table())]
@@ -356,7 +356,7 @@ def end_vm(plan: Any, run: dict[str, Any]) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    thaw(plan)
+    resume_vm(plan)
 
 
 def remove_cgroup(folder: Path) -> bool:

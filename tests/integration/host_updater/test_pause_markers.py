@@ -18,7 +18,7 @@ import pytest
 
 from caesura.contract.messages import HostInventory
 from caesura_host_updater.drivers.process.freezers import request_freeze
-from caesura_vmcontrol.vm_control import thaw
+from caesura_vmcontrol.vm_control import resume_vm
 
 JUNK = b"\0junk of a broken disk\n" * 300
 
@@ -211,7 +211,7 @@ async def test_an_updater_that_died_between_marker_and_freeze_leaves_no_marker(
     await host.kill()
     await host.start()
     assert host.kernel("a") == "frozen"
-    thaw(host.plan("a"))
+    resume_vm(host.plan("a"))
 
 
 async def test_nothing_is_frozen_that_cannot_be_marked(hosts: Callable[..., Any], fleet: Any) -> None:

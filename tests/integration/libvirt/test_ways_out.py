@@ -17,7 +17,7 @@ from caesura_host_updater.drivers.libvirt.driver import LibvirtDriver
 from caesura_testing.libvirt_daemons import URI, LibvirtDaemon
 from caesura_testing.patience import patient
 from caesura_vmcontrol.resume_plans import ResumePlan, plan_from_json, plan_to_json
-from caesura_vmcontrol.vm_control import condition, thaw
+from caesura_vmcontrol.vm_control import condition, resume_vm
 
 pytestmark = pytest.mark.asyncio
 
@@ -34,7 +34,7 @@ def _thawed(plan: ResumePlan) -> None:
 
     def runs() -> bool:
         with suppress(OSError):
-            thaw(plan)
+            resume_vm(plan)
             return condition(plan) == "running"
         return False
 
@@ -97,7 +97,7 @@ async def test_a_daemon_that_hangs_keeps_a_domain_without_one_until_it_answers_a
     plan = driver.resume_plan("web-1")
     await driver.freeze("web-1", freeze_deadline())
     with daemon.hung(), pytest.raises(OSError, match="does not answer in time"):
-        thaw(plan)
+        resume_vm(plan)
     _thawed(plan)
 
 

@@ -27,7 +27,7 @@ from caesura_testing.patience import patient
 from caesura_vmcontrol.guard_socket import socket_address
 from caesura_vmcontrol.procfs import boot_id, read_process
 from caesura_vmcontrol.resume_plans import plan_to_json
-from caesura_vmcontrol.vm_control import condition, thaw
+from caesura_vmcontrol.vm_control import condition, resume_vm
 
 PATIENCE_S = 10.0
 
@@ -141,7 +141,7 @@ def vm(freezer: Any) -> Iterator[ProcessPlan]:
     )
     plan = plan_of("vm", run)
     yield plan
-    thaw(plan)
+    resume_vm(plan)
     process.kill()
     process.wait()
     wait(lambda: condition(plan) == "gone", "the process to end")

@@ -24,7 +24,7 @@ from caesura_host_updater.drivers.proxmox.monitor import stop_guest
 from caesura_testing.patience import patient
 from caesura_testing.proxmox_node import ProxmoxNode, StatusDaemon
 from caesura_vmcontrol.resume_plans import plan_from_json, plan_to_json
-from caesura_vmcontrol.vm_control import condition, thaw
+from caesura_vmcontrol.vm_control import condition, resume_vm
 
 pytestmark = pytest.mark.asyncio
 
@@ -144,7 +144,7 @@ async def test_the_guards_plan_goes_over_its_socket_and_resumes(
     plan = driver.resume_plan("vm-100")
     assert plan_from_json(json.loads(json.dumps(plan_to_json(plan)))) == plan
     await driver.freeze("vm-100", freeze_deadline())
-    thaw(plan)
+    resume_vm(plan)
     assert condition(plan) == "running"
     assert node.status(100) == "running"
 
@@ -156,7 +156,7 @@ async def test_the_guard_leaves_a_guest_that_was_migrated_away(
     await driver.freeze("vm-100", freeze_deadline())
     node.qmp(100, "migrate", uri="exec:cat > /dev/null")
     await until(lambda: node.status(100) == "postmigrate", "it is migrated")
-    thaw(plan)
+    resume_vm(plan)
     assert condition(plan) == "gone"
     assert node.status(100) == "postmigrate"
 

@@ -26,7 +26,7 @@ from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, Disk
 from caesura_vmcontrol import claims
 from caesura_vmcontrol.procfs import process_table
 from caesura_vmcontrol.qemu_plans import QemuPlan, Vmm
-from caesura_vmcontrol.vm_control import condition, thaw
+from caesura_vmcontrol.vm_control import condition, resume_vm
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2")
 PORT = ("-gdb", "tcp:127.0.0.1:0")
@@ -363,7 +363,7 @@ async def test_a_guest_that_is_migrated_away_while_it_is_frozen_is_not_resumed_h
         await migrate_away(driver, vm, rig.folder / vm)
     assert await driver.resume("a", 5) == "left"
     assert driver.why_left("a") == "it was migrated away: QEMU says postmigrate"
-    thaw(plans["b"])
+    resume_vm(plans["b"])
     assert condition(plans["b"]) == "gone"
     for vm in ("a", "b"):
         assert await qmp(driver, vm).status() == "postmigrate"
@@ -394,7 +394,7 @@ async def test_a_guest_that_was_migrated_away_between_two_steps_is_not_resumed_h
     with pytest.raises(DriverError):
         await (driver.hand_over if method == "swap" else driver.checkpoint)("a", tools.soon())
     assert await driver.resume("a", 5) == "left"
-    thaw(plan)
+    resume_vm(plan)
     assert condition(plan) == "gone"
     assert await qmp(driver).status() == "postmigrate"
     await driver.release("a")
@@ -464,7 +464,7 @@ async def test_a_guest_that_its_storage_paused_is_named_and_not_resumed(
     with pytest.raises(FreezeFailed, match="I/O error"):
         await driver.freeze("a", tools.soon())
     assert await driver.resume("a", 5) == "left"
-    thaw(plan)
+    resume_vm(plan)
     assert condition(plan) == "gone"
     assert await qmp(driver).status() == "io-error"
 
@@ -488,7 +488,7 @@ async def test_the_guard_leaves_what_no_stop_of_ours_leads_to(rig: Any, tools: A
     await tools.until((place / "qmp").exists, "its socket")
     table = process_table()
     plan = QemuPlan("v", Vmm(process.pid, table[process.pid].start_ticks, f"{place}/qmp"))
-    thaw(plan)
+    resume_vm(plan)
     assert condition(plan) == "gone"
     client = await AsyncQmp.connect(f"{place}/qmp", 10)
     assert await client.status() == "prelaunch"

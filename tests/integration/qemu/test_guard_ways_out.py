@@ -28,7 +28,7 @@ from typing import Any
 import pytest
 
 from caesura_testing.patience import patient
-from caesura_vmcontrol import claims, qmp_commands, replacing, swapping
+from caesura_vmcontrol import claims, qemu_replace, qemu_swap, qmp_commands
 from caesura_vmcontrol.guard_socket import socket_address
 from caesura_vmcontrol.process_control import find_by_env, kill_and_wait, sigstop
 from caesura_vmcontrol.procfs import alive, boot_id, read_process, thread_states
@@ -36,7 +36,7 @@ from caesura_vmcontrol.qemu_plans import QemuPlan, ReplacePlan, SwapPlan, Vmm
 from caesura_vmcontrol.qmp import Qmp, QmpError, QmpNoAnswer, QmpRefused
 from caesura_vmcontrol.qmp_commands import cont, end_unless_it_ran
 from caesura_vmcontrol.resume_plans import ResumePlan, plan_to_json
-from caesura_vmcontrol.vm_control import condition, thaw
+from caesura_vmcontrol.vm_control import condition, resume_vm
 
 QEMU = "/usr/bin/qemu-system-x86_64"
 PATIENCE_S = 15.0
@@ -799,12 +799,12 @@ def test_nobody_can_take_it_for_now(replace: Replace) -> None:
     for _ in range(2):
         began = time.monotonic()
         with pytest.raises(OSError, match=r"no new process could take the guest: .*lock"):
-            thaw(plan)
+            resume_vm(plan)
         assert time.monotonic() - began < SOON_S
         assert replace.living() == []
         assert condition(plan) == "held"
     os.close(handle)
-    thaw(plan)
+    resume_vm(plan)
     assert replace.owner() == "new"
 
 
@@ -815,7 +815,7 @@ def test_another_one_that_does_not_give_its_turn_back(swap: Swap) -> None:
     handle = os.open(swap.claims, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     began = time.monotonic()
-    thaw(swap.plan())
+    resume_vm(swap.plan())
     assert 1 < time.monotonic() - began < SOON_S
     assert swap.owner() == "old"
     os.close(handle)
@@ -846,7 +846,7 @@ def test_an_updater_stopped_in_the_middle_of_its_way_out(place: Path) -> None:
         lab.prepare()
         lab.load()
         began = time.monotonic()
-        thaw(lab.plan())
+        resume_vm(lab.plan())
         assert time.monotonic() - began < patient(1.4), "it waited for its turn"
         assert condition(lab.plan()) == "running"
         assert lab.living() == [lab.old.vmm.pid]
@@ -914,8 +914,8 @@ def test_let_go_by_somebody_else_between_the_no_and_the_kill(
         swap.new.do("cont")
         return QmpRefused("cont", "GenericError", "as the test wants it")
 
-    monkeypatch.setattr(swapping, "cont", refused)
-    thaw(swap.plan())
+    monkeypatch.setattr(qemu_swap, "cont", refused)
+    resume_vm(swap.plan())
     assert swap.owner() == "new"
     assert claims.current(str(swap.claims))[0] == 1
 
@@ -936,8 +936,8 @@ def test_a_new_one_that_answers_late_keeps_the_guest(
         qmp.execute("cont", until=until)
         return QmpNoAnswer("it does not answer")
 
-    monkeypatch.setattr(swapping if kind == "swap" else replacing, "cont", late)
-    thaw(lab.plan())
+    monkeypatch.setattr(qemu_swap if kind == "swap" else qemu_replace, "cont", late)
+    resume_vm(lab.plan())
     assert lab.owner() == "new"
     assert claims.failures(str(lab.claims)) == []
     assert claims.noted(str(lab.claims), "ran")
@@ -969,8 +969,8 @@ def test_the_new_one_hangs_at_cont(swap: Swap, monkeypatch: pytest.MonkeyPatch) 
         wait(lambda: set(thread_states(swap.new.vmm.pid)) == {"T"}, "the new one to hang")
         return cont(qmp, until)
 
-    monkeypatch.setattr(swapping, "cont", hung)
-    thaw(swap.plan())
+    monkeypatch.setattr(qemu_swap, "cont", hung)
+    resume_vm(swap.plan())
     assert swap.owner() == "old"
     assert not swap.new.resumed()
     assert "does not answer" in claims.failures(str(swap.claims))[0]
@@ -989,8 +989,8 @@ def test_an_updater_claims_while_its_process_is_cleared_away(
             told.append(claims.claim(str(replace.claims), 2, text))
         kill_and_wait(pid, start_ticks, until)
 
-    monkeypatch.setattr(replacing, "kill_and_wait", claim_first)
-    thaw(replace.plan())
+    monkeypatch.setattr(qemu_replace, "kill_and_wait", claim_first)
+    resume_vm(replace.plan())
     assert replace.owner() == "new"
     assert told
     assert text not in told
@@ -1001,7 +1001,7 @@ def test_claimed_but_not_loaded(swap: Swap) -> None:
     swap.prepare()
     swap.claim_new()
     with pytest.raises(OSError, match="inmigrate"):
-        thaw(swap.plan())
+        resume_vm(swap.plan())
     assert len(swap.living()) == 2
 
 
@@ -1009,12 +1009,12 @@ def test_claimed_but_not_loaded(swap: Swap) -> None:
 
 
 def until_it_runs(plan: ResumePlan) -> None:
-    """What the driver does: ``thaw`` until ``condition`` is content."""
+    """What the driver does: ``resume_vm`` until ``condition`` is content."""
     until = time.monotonic() + patient(PATIENCE_S)
     while True:
         why = "no reason"
         try:
-            thaw(plan)
+            resume_vm(plan)
         except OSError as error:
             why = str(error)
         if condition(plan) in ("running", "gone"):
@@ -1071,7 +1071,7 @@ def test_two_resumers(place: Path, phase: Phase, turn: int) -> None:
 
 
 def test_the_updater_goes_on_while_the_guard_decides(place: Path) -> None:
-    """The driver's happy path (it takes no turn) against the guard's thaw, which comes first, or late, or in between."""
+    """The driver's happy path (it takes no turn) against the guard's resume_vm, which comes first, or late, or in between."""
     ends = []
     for turn, moment in enumerate((0.0, 0.001, 0.002, 0.004, 0.006, 0.01, 0.02, 1.0)):
         folder = place / f"v{turn}"
@@ -1152,7 +1152,7 @@ def test_claims_that_were_lost_before_the_new_one_had_anything(swap: Swap) -> No
     swap.prepare()
     plan = swap.plan()
     swap.claims.rmdir()
-    thaw(plan)
+    resume_vm(plan)
     assert swap.owner() == "old"
     assert condition(plan) == "running"
 
@@ -1164,7 +1164,7 @@ def test_claims_that_were_lost_when_the_new_one_had_everything(swap: Swap) -> No
     plan = swap.plan()
     shutil.rmtree(swap.claims)
     sigstop(swap.old.vmm.pid, swap.old.vmm.start_ticks)
-    thaw(plan)
+    resume_vm(plan)
     assert swap.owner() == "new"
     assert condition(plan) == "running"
 
@@ -1174,7 +1174,7 @@ def test_claims_that_were_lost_before_a_state_was_claimed(replace: Replace) -> N
     plan = replace.plan()
     shutil.rmtree(replace.claims)
     sigstop(replace.old.vmm.pid, replace.old.vmm.start_ticks)
-    thaw(plan)
+    resume_vm(plan)
     assert replace.owner() == "old"
 
 
@@ -1190,5 +1190,5 @@ def test_a_guard_that_comes_late_to_an_operation_that_is_over(
     plan = lab.plan()  # type: ignore[attr-defined]
     lab.claims.rmdir()
     lab.old.do("stop")
-    thaw(plan)
+    resume_vm(plan)
     assert str(lab.old.do("query-status")["status"]) == "paused"

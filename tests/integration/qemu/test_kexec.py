@@ -16,7 +16,7 @@ from caesura_host_updater.drivers.qemu.definition import Definition
 from caesura_host_updater.drivers.qemu.process_records import Records
 from caesura_host_updater.inventory.kernel_options import KernelOptions
 from caesura_pause_guard import arrival
-from caesura_vmcontrol import boot_counters, procfs, replacing
+from caesura_vmcontrol import boot_counters, procfs, qemu_replace
 from caesura_vmcontrol.intent import Intent, IntentFile
 from caesura_vmcontrol.kernel_change import ClockPair, KernelChange, Left
 
@@ -96,7 +96,7 @@ async def test_a_guest_that_is_given_up_is_gone_for_its_driver(
     assert driver.states() == {"a": "paused"}
     with pytest.raises(NotRunningYet, match="not examined"):
         await driver.resume("a", 0.2)
-    replacing.give_up(driver.resume_plan("a"), "nobody will examine it")
+    qemu_replace.give_up(driver.resume_plan("a"), "nobody will examine it")
     assert await driver.resume("a", 10.0) == "gone"
     await driver.release("a")
     assert driver.states() == {"a": "stopped"}

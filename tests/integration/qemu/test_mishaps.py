@@ -26,7 +26,7 @@ from caesura_testing.patience import patient
 from caesura_vmcontrol import claims
 from caesura_vmcontrol.intent import Intent, IntentFile
 from caesura_vmcontrol.qemu_plans import ReplacePlan, Vmm
-from caesura_vmcontrol.vm_control import condition, thaw
+from caesura_vmcontrol.vm_control import condition, resume_vm
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2")
 
@@ -343,7 +343,7 @@ async def test_a_state_folder_on_a_disk_that_does_not_answer_keeps_no_guest_paus
         if method == "replace":
             await step_done
         if who == "guard":
-            await asyncio.to_thread(thaw, plan)
+            await asyncio.to_thread(resume_vm, plan)
         elif method == "replace":
             step_done = asyncio.create_task(driver.resume("a", 10))
         await tools.until(lambda: condition(plan) == "running", "the guest to run")

@@ -15,7 +15,7 @@ import pytest
 from caesura_host_updater.drivers.port import DriverError, FreezeFailed, NotRunningYet
 from caesura_host_updater.drivers.qemu.definition import Definition, Nic
 from caesura_vmcontrol.claims import note
-from caesura_vmcontrol.vm_control import condition, thaw
+from caesura_vmcontrol.vm_control import condition, resume_vm
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2", nic=(Nic(),))
 
@@ -168,7 +168,7 @@ async def test_the_guard_restores_without_the_driver(rig: Any, tools: Any) -> No
     plan = driver.resume_plan("a")
     await driver.checkpoint("a", tools.soon())
     await rig.crash()
-    thaw(plan)
+    resume_vm(plan)
     assert condition(plan) == "running"
     driver = await rig.open({"a": SMALL})
     assert driver.states() == {"a": "running"}

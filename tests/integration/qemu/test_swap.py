@@ -259,7 +259,7 @@ async def test_guard_that_finishes_the_swap_while_the_updater_looks_on(
 
     Not noticed: its connection is seen to end before its process is.
     """
-    from caesura_vmcontrol.vm_control import thaw  # noqa: PLC0415# noqa: PLC0415
+    from caesura_vmcontrol.vm_control import resume_vm  # noqa: PLC0415
 
     driver = await rig.open({"a": SMALL})
     await driver.prepare("a", "op-1", "swap", "")
@@ -277,7 +277,7 @@ async def test_guard_that_finishes_the_swap_while_the_updater_looks_on(
     await tools.until(lambda: guest.qmp is None or guest.qmp.closed, "the end of its connection")
     if noticed:
         await tools.until(lambda: guest.run is None, "the end of its process to be noticed")
-    await asyncio.to_thread(thaw, driver.resume_plan("a"))
+    await asyncio.to_thread(resume_vm, driver.resume_plan("a"))
     assert driver.states() == {"a": "paused"}
     assert await driver.resume("a", 5) == "running"
     assert tools.pid_of(driver, "a") == new

@@ -24,9 +24,9 @@ from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.qemu.handover import SWAP_CAPABILITIES, HandOverFailed
 from caesura_testing.patience import patient
-from caesura_vmcontrol import claims, process_control, replacing, swapping
+from caesura_vmcontrol import claims, process_control, qemu_replace, qemu_swap
 from caesura_vmcontrol.qmp_commands import UNDER_WAY, migration, reach
-from caesura_vmcontrol.vm_control import condition, thaw
+from caesura_vmcontrol.vm_control import condition, resume_vm
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2")
 METHODS = pytest.mark.parametrize("method", ["swap", "replace"])
@@ -89,7 +89,7 @@ async def test_a_migration_that_began_in_the_moment_before_ours(
     else:
         assert await driver.resume("a", 5) == "left"
         assert driver.why_left("a") == "it was migrated away: QEMU says postmigrate"
-        thaw(plan)
+        resume_vm(plan)
         assert condition(plan) == "gone"
         assert await qmp(driver).status() == "postmigrate"
     await driver.release("a")
@@ -106,10 +106,10 @@ async def test_a_migration_of_somebody_else_when_the_updater_died_before_ours(
     claims.note(plan.claims, "begun")
     await migrate_away(driver, rig.folder / "a")
     assert condition(plan) == "gone"
-    thaw(plan)
+    resume_vm(plan)
     assert condition(plan) == "gone"
     assert await qmp(driver).status() == "postmigrate"
-    thaw(plan)  # the other process is dead by now, and can tell nothing any more
+    resume_vm(plan)  # the other process is dead by now, and can tell nothing any more
     assert await qmp(driver).status() == "postmigrate"
     driver = await rig.open({"a": SMALL})
     assert await driver.resume("a", 5) in ("left", "gone")
@@ -131,7 +131,7 @@ async def test_our_own_migration_when_the_updater_died_before_it_was_written_dow
     with pytest.raises((SwapFailed, FreezeFailed)):
         await hand_over(driver, method, tools)
     monkeypatch.undo()
-    thaw(plan)
+    resume_vm(plan)
     assert condition(plan) == "running"
     assert tools.runs(pid)
     await driver.release("a")
@@ -161,7 +161,7 @@ async def test_a_guest_that_ran_in_its_new_process_and_was_paused_there(
     assert await driver.resume("a", 10) == "running"
     pid = tools.pid_of(driver, "a")
     await qmp(driver).execute("stop")
-    thaw(plan)
+    resume_vm(plan)
     assert condition(plan) == "gone"
     assert await driver.resume("a", 5) == "left"
     assert "paused by somebody else since" in driver.why_left("a")
@@ -210,7 +210,7 @@ async def test_a_guest_that_was_migrated_away_after_it_was_handed_over(
     assert await driver.resume("a", 10) == "running"
     await migrate_away(driver, rig.folder / "a")
     assert condition(plan) == "gone"
-    thaw(plan)
+    resume_vm(plan)
     assert await qmp(driver).status() == "postmigrate"
     await driver.release("a")
 
@@ -248,7 +248,7 @@ async def test_a_swapped_guest_that_an_operator_paused_while_nobody_was_there_is
     await driver.prepare("a", "op-1", "swap", "")
     new = tools.next_pid(driver, "a")
     plan = await crash_before_it_is_published(driver, rig, tools, monkeypatch)
-    await asyncio.to_thread(thaw, plan)
+    await asyncio.to_thread(resume_vm, plan)
     theirs = await next_qmp(rig)
     await theirs.execute("stop")
     await theirs.close()
@@ -271,7 +271,7 @@ async def test_a_replaced_guest_that_was_migrated_away_while_nobody_was_there_is
     plan = driver.resume_plan("a")
     await driver.checkpoint("a", tools.soon())
     await rig.crash()
-    await asyncio.to_thread(thaw, plan)
+    await asyncio.to_thread(resume_vm, plan)
     (pid,) = rig.processes()
     theirs = await next_qmp(rig)
     listed = await theirs.execute("query-migrate-capabilities")
@@ -322,7 +322,7 @@ async def test_the_start_ends_no_process_that_the_guard_has_claimed_meanwhile(
     look = vmm.marked
 
     def guard_first(mark: str) -> Any:
-        thaw(plan)
+        resume_vm(plan)
         return look(mark)
 
     monkeypatch.setattr(supervisor, "marked", guard_first)
@@ -415,7 +415,7 @@ async def test_a_pause_before_anything_was_begun_is_left_by_the_guard(
     await driver.prepare("a", "op-1", method, "")
     plan = driver.resume_plan("a")
     await qmp(driver).execute("stop")
-    thaw(plan)
+    resume_vm(plan)
     assert condition(plan) == "gone"
     assert await qmp(driver).status() == "paused"
     await driver.release("a")
@@ -443,8 +443,8 @@ async def test_our_migration_that_completes_while_the_guard_asks_whose_it_is(
         stop(pid, start_ticks)
         asyncio.run_coroutine_threadsafe(migrate(), loop).result()
 
-    monkeypatch.setattr(swapping, "sigstop", late)
-    await asyncio.to_thread(thaw, plan)
+    monkeypatch.setattr(qemu_swap, "sigstop", late)
+    await asyncio.to_thread(resume_vm, plan)
     assert await asyncio.to_thread(condition, plan) == "running"
     await tools.until(lambda: condition(plan) == "running", "it to run for good")
     await driver.release("a")
@@ -463,7 +463,7 @@ async def test_our_migration_that_begins_while_the_guard_asks_whose_it_is(
     await guest.qmp.pass_file(file, "caesura-state")
     os.close(file)
     await guest.qmp.execute("stop")
-    loop, ask, asked = asyncio.get_running_loop(), replacing.is_ours, list[bool]()
+    loop, ask, asked = asyncio.get_running_loop(), qemu_replace.is_ours, list[bool]()
 
     def late(known: Any) -> bool:
         found = ask(known)
@@ -473,8 +473,8 @@ async def test_our_migration_that_begins_while_the_guard_asks_whose_it_is(
             asyncio.run_coroutine_threadsafe(sent, loop).result()
         return found
 
-    monkeypatch.setattr(replacing, "is_ours", late)
-    await asyncio.to_thread(thaw, plan)
+    monkeypatch.setattr(qemu_replace, "is_ours", late)
+    await asyncio.to_thread(resume_vm, plan)
     assert asked == [False]
     await tools.until(lambda: not under_way(plan), "the migration to end")
     assert await asyncio.to_thread(condition, plan) == "running"
@@ -563,6 +563,6 @@ async def test_the_guard_alone_leaves_no_guest_whose_memory_stays_behind(
     await driver.prepare("a", "op-1", method, "")
     guest = driver._guests["a"]
     await driver._migrator._begin(guest, guest.prepared, guest.qmp, SWAP_CAPABILITIES)
-    thaw(guest.prepared.plan)
+    resume_vm(guest.prepared.plan)
     assert not (await capabilities(driver))["x-ignore-shared"]
     await driver.release("a")

@@ -34,7 +34,7 @@ from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.process_control import find_by_env
 from caesura_vmcontrol.procfs import process_table, read_process, send_signal
 from caesura_vmcontrol.resume_plans import SignalPlan
-from caesura_vmcontrol.vm_control import condition, thaw
+from caesura_vmcontrol.vm_control import condition, resume_vm
 
 _log = structlog.get_logger("caesura.driver")
 
@@ -252,14 +252,14 @@ def _resume(plan: SignalPlan, until: float) -> Literal["running", "gone"]:
     while (state := condition(plan)) not in ("running", "gone"):
         if time.monotonic() >= until:
             raise NotRunningYet(plan.vm, f"is {state}")
-        thaw(plan)
+        resume_vm(plan)
         time.sleep(_LOOK_S)
     return "running" if state == "running" else "gone"
 
 
 def _stop(plan: SignalPlan, until: float) -> None:
     """SIGTERM, and SIGKILL to what is left at ``until``. Blocking."""
-    thaw(plan)
+    resume_vm(plan)
     send_signal(plan.leader, plan.start_ticks, signal.SIGTERM)
     while condition(plan) != "gone":
         if time.monotonic() >= until:

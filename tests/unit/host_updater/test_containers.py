@@ -162,7 +162,7 @@ class World:
         for each in (module, pausing, remote_pauses):
             monkeypatch.setattr(each, "condition", lambda _: self.state)
         for each in (module, remote_pauses):
-            monkeypatch.setattr(each, "thaw", self._thaw)
+            monkeypatch.setattr(each, "resume_vm", self._thaw)
 
     def _call(self, method: str, container: str, what: str, timeout_s: float) -> Any:
         assert timeout_s > 0

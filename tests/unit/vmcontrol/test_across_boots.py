@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from caesura_vmcontrol import claims, procfs, replacing
+from caesura_vmcontrol import claims, procfs, qemu_replace
 from caesura_vmcontrol.boots import boot8
 from caesura_vmcontrol.claims import Owner
 from caesura_vmcontrol.procfs import Process
@@ -87,7 +87,7 @@ class World:
     def find(self, pid: int) -> Qemu | None:
         return next((each for each in self.living() if each.pid == pid), None)
 
-    # -- in the place of replacing's own ----------------------------------------------------------------------
+    # -- in the place of qemu_replace's own ----------------------------------------------------------------------
 
     def is_stranger(self, pid: int, start_ticks: int) -> bool:
         return self.stranger and pid in (PID, PID + 1) and start_ticks == TICKS
@@ -177,7 +177,7 @@ def world(patch: pytest.MonkeyPatch, folder: Path) -> World:
     claims.claim(plan.claims, 1, f"file:{len(STATE)}:{hashlib.sha256(STATE).hexdigest()}")
     made = World(folder, plan)
     patch.setattr(claims, "retry_in_s", lambda _: 0.0)  # waits are of no interest here
-    patch.setattr(replacing, "_TOTAL_S", 60.0)
+    patch.setattr(qemu_replace, "_TOTAL_S", 60.0)
     for name, other in {
         "alive": made.is_alive,
         "started": made.started,
@@ -195,7 +195,7 @@ def world(patch: pytest.MonkeyPatch, folder: Path) -> World:
         "sigcont": lambda *_: None,
         "send_signal": lambda *_: None,
     }.items():
-        patch.setattr(replacing, name, other)
+        patch.setattr(qemu_replace, name, other)
     return made
 
 
@@ -252,7 +252,7 @@ def _do(made: World, event: str, steps: int) -> None:
         case "recover":
             made.steps = steps
             try:
-                replacing.recover(plan, alone=True)
+                qemu_replace.recover(plan, alone=True)
             except (OSError, Killed):
                 pass
             finally:

@@ -27,7 +27,7 @@ from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.plan_errors import BadPlan
 from caesura_vmcontrol.resume_plans import ResumePlan, mechanism_of, plan_from_json, plan_to_json
-from caesura_vmcontrol.vm_control import thaw
+from caesura_vmcontrol.vm_control import resume_vm
 from caesura_vmcontrol.watchdog import Watchdog
 
 ID = "0123456789abcdef" * 4
@@ -145,7 +145,7 @@ def test_no_engine(engine: FakeEngine) -> None:
 
 
 def test_a_live_engine_resumes_and_the_kernel_is_not_touched(engine: FakeEngine, kernel: Kernel) -> None:
-    thaw(plan(engine))
+    resume_vm(plan(engine))
     assert engine.asked == [f"POST /containers/{ID}/unpause"]
     assert kernel.thaws == 0
 
@@ -161,7 +161,7 @@ def test_the_kernel_resumes_what_the_engine_does_not(
         engine.hangs.set()
     else:
         engine.answer = b'HTTP/1.0 500 No\r\n\r\n{"message":"cannot resume"}'
-    thaw(plan(engine))
+    resume_vm(plan(engine))
     assert (kernel.state, kernel.thaws) == ("running", 1)
 
 
@@ -175,7 +175,7 @@ def test_a_container_with_groups_below_its_own_is_resumed_in_all_of_them(
     monkeypatch.setattr(freezer_control, "_condition_v2", lambda _: "frozen")
     monkeypatch.setattr(freezer_control, "_write", lambda *each: written.append(each))
     engine.close()
-    thaw(one)
+    resume_vm(one)
     assert written == [(one.control, "0"), (f"{above}/cgroup.freeze", "0")]
     written.clear()
     freeze_container(one)
@@ -188,7 +188,7 @@ def test_an_engine_that_refuses_because_it_runs_already_is_no_reason_to_touch_th
 ) -> None:
     kernel.state = state
     engine.answer = b'HTTP/1.0 409 Conflict\r\n\r\n{"message":"is not paused"}'
-    thaw(plan(engine))
+    resume_vm(plan(engine))
     assert kernel.thaws == 0
 
 

@@ -16,7 +16,7 @@ from caesura_vmcontrol.intent import GuardAction, Intent, IntentFile, Interventi
 from caesura_vmcontrol.markers import Marker
 from caesura_vmcontrol.qemu_plans import QemuPlan, SwapPlan, Vmm
 from caesura_vmcontrol.resume_plans import CgroupPlan, ResumePlan, SignalPlan, plan_to_json
-from caesura_vmcontrol.sealed import Damaged, seal, unseal
+from caesura_vmcontrol.sealed_files import Damaged, seal, unseal
 
 CONTROL = "/sys/fs/cgroup/x/a/cgroup.freeze"
 PLANS: tuple[ResumePlan, ...] = (

@@ -19,7 +19,7 @@ from caesura_vmcontrol.procfs import read_process
 from caesura_vmcontrol.qemu_plans import QemuPlan, Vmm
 from caesura_vmcontrol.qmp import PeerMismatch, Qmp, QmpClosed, QmpError, QmpNoAnswer, QmpRefused
 from caesura_vmcontrol.qmp_commands import NotRunning, look, make_run
-from caesura_vmcontrol.vm_control import thaw
+from caesura_vmcontrol.vm_control import resume_vm
 
 GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}}, "capabilities": ["oob"]}}
 
@@ -288,7 +288,7 @@ def test_the_way_out_of_a_plain_stop_leaves_the_socket_after_one_try(peer: Peer)
     assert own is not None
     _states(peer, "paused")
     with pytest.raises(NotRunning):
-        thaw(QemuPlan("vm", Vmm(own.pid, own.start_ticks, peer.path)))
+        resume_vm(QemuPlan("vm", Vmm(own.pid, own.start_ticks, peer.path)))
     assert _commands(peer) == ["query-status", "cont", "query-status"]
 
 

@@ -22,7 +22,7 @@ from caesura_vmcontrol.container_control import groups_of
 from caesura_vmcontrol.container_engine import EnginePlan
 from caesura_vmcontrol.procfs import process_table
 from caesura_vmcontrol.resume_plans import SignalPlan
-from caesura_vmcontrol.vm_control import condition, thaw
+from caesura_vmcontrol.vm_control import condition, resume_vm
 
 _LOOK_S = 0.002  # s: between two looks: cgroup v1 and signals notify nobody
 _SETTLE_S = 0.004  # s: a stop by signals must last this long to count: somebody may send SIGCONT all the time
@@ -96,7 +96,7 @@ def resume(plan: TargetPlan, timeout_s: float) -> tuple[float, bool]:
             if state in ("running", "gone"):
                 return now, was_stopped
             was_stopped = True
-            thaw(plan)
+            resume_vm(plan)
             if condition(plan) in ("running", "gone"):
                 return time.monotonic(), was_stopped
             if now > until:

@@ -28,7 +28,7 @@ from caesura_host_updater.drivers.process.freezers import (
 from caesura_host_updater.spawn import ExitWatch
 from caesura_rehearse.targets.pause import TargetPlan, pids_of
 from caesura_vmcontrol.procfs import boot_id, send_signal
-from caesura_vmcontrol.vm_control import thaw
+from caesura_vmcontrol.vm_control import resume_vm
 
 _START_S = 15.0  # s: the first process needs some 20 ms; this is for a machine that thrashes
 _KILLED_S = 5.0  # s: for what was killed to be gone
@@ -300,7 +300,7 @@ class Program:
     def _thaw(self) -> None:
         if self._run is not None:
             with suppress(OSError):
-                thaw(plan_of(self.vm, self._run))
+                resume_vm(plan_of(self.vm, self._run))
 
     def _kill(self) -> None:
         if self._run is not None:

@@ -50,7 +50,7 @@ from caesura_vmcontrol.container_engine import EnginePlan, EngineRefused
 from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.procfs import alive, boot_id, read_process
 from caesura_vmcontrol.resume_plans import plan_to_json
-from caesura_vmcontrol.vm_control import condition, thaw
+from caesura_vmcontrol.vm_control import condition, resume_vm
 
 _START_S = 20.0  # s: to start a container
 _STOP_S = 10  # s: between SIGTERM and SIGKILL when a container is stopped with the host updater
@@ -210,7 +210,7 @@ class ContainerDriver:
 
         def stop() -> None:
             with suppress(OSError):
-                thaw(plan)
+                resume_vm(plan)
             with suppress(OSError):
                 self._call("POST", plan.container, f"/stop?t={_STOP_S}", _STOP_S + ASK_S)
             (self._folder / f"{spec.name}.container.json").unlink(missing_ok=True)
@@ -391,7 +391,7 @@ class ContainerDriver:
             while (state := condition(plan)) not in ("running", "gone"):
                 if time.monotonic() >= until:
                     raise NotRunningYet(vm, f"the kernel says {state} after {timeout_s:.2f} s")
-                thaw(plan)
+                resume_vm(plan)
                 if condition(plan) != "running":
                     time.sleep(_STEP_S)
         except OSError as error:

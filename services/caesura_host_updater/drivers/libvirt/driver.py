@@ -45,7 +45,7 @@ from caesura_vmcontrol.libvirt_control import (
 )
 from caesura_vmcontrol.libvirt_rpc import LibvirtPlan, LibvirtSilent
 from caesura_vmcontrol.procfs import alive
-from caesura_vmcontrol.vm_control import condition, thaw
+from caesura_vmcontrol.vm_control import condition, resume_vm
 
 _LOOK_S = 5.0  # s: between two looks without an event
 _ASK_S = 5.0  # s: for a list of the domains; it takes milliseconds
@@ -404,7 +404,7 @@ class LibvirtDriver:
                 state = condition(plan)
                 if state in ("running", "gone"):
                     break
-                thaw(plan)
+                resume_vm(plan)
             except OSError as error:
                 state, why = "held", str(error)
             if time.monotonic() >= until:

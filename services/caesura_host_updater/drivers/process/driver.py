@@ -42,7 +42,7 @@ from caesura_host_updater.drivers.sampling import sampled_digest_of
 from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.procfs import Process, process_table
 from caesura_vmcontrol.resume_plans import CgroupPlan, SignalPlan
-from caesura_vmcontrol.vm_control import condition, thaw
+from caesura_vmcontrol.vm_control import condition, resume_vm
 
 _LOOK_S = 0.002  # s: between two looks at a VM that is to be paused or run: v1 and signals notify nobody
 _KERNEL_S = 0.25  # s: what a try of a resume may take longer than it was given
@@ -278,7 +278,7 @@ class ProcessDriver:
                     return "running" if state == "running" and vm in self._supervisor.runs else "gone"
                 if time.monotonic() >= until:
                     raise NotRunningYet(vm, f"{run.kind} says {state} after {timeout_s:.2f} s")
-                thaw(plan)
+                resume_vm(plan)
                 if condition(plan) != "running":
                     time.sleep(_LOOK_S)
         except OSError as error:

@@ -19,7 +19,7 @@ from caesura.runtime.errors import CaesuraError
 from caesura_vmcontrol.freezer_control import FreezerChoice
 from caesura_vmcontrol.procfs import Process, process_table, send_signal
 from caesura_vmcontrol.resume_plans import CgroupPlan, SignalPlan
-from caesura_vmcontrol.vm_control import condition, thaw
+from caesura_vmcontrol.vm_control import condition, resume_vm
 
 FreezerKind = Literal["cgroup2", "cgroup1", "sigstop"]
 
@@ -145,7 +145,7 @@ class CgroupFreezer:
         folder = self._base / vm
         folder.mkdir(parents=True, exist_ok=True)
         # One that died while it was frozen leaves its switch on; the next to enter would be frozen at once.
-        thaw(CgroupPlan(vm, self._kind, str(folder / self._control)))
+        resume_vm(CgroupPlan(vm, self._kind, str(folder / self._control)))
         return str(folder / self._control)
 
     def remove(self, vm: str) -> None:

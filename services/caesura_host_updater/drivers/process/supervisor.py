@@ -33,7 +33,7 @@ from caesura_host_updater.drivers.shutdown_requests import ShutdownRequests
 from caesura_host_updater.spawn import ExitWatch, SpawnError, reap, start_detached
 from caesura_vmcontrol.procfs import alive, boot_id, process_table, send_signal
 from caesura_vmcontrol.resume_plans import SignalPlan
-from caesura_vmcontrol.vm_control import condition, thaw
+from caesura_vmcontrol.vm_control import condition, resume_vm
 
 _START_TIMEOUT_S = 15.0  # s: a VM's first process needs some 20 ms; this is for a machine that thrashes
 _STOP_TIMEOUT_S = guest_init.TERM_GRACE_S + 2.0
@@ -331,7 +331,7 @@ class ProcessSupervisor:
     def _let_run(self, vm: str, run: ProcessGroupRecord) -> ProcessPlan:
         plan = plan_of(vm, run)
         with suppress(OSError):
-            thaw(plan)
+            resume_vm(plan)
         return plan
 
     async def _clean_up(self, vm: str, find: Callable[[], ProcessPlan]) -> None:
@@ -347,7 +347,7 @@ class ProcessSupervisor:
                 for member in plan.members(process_table()):
                     send_signal(member.pid, member.start_ticks, signal.SIGKILL)
             else:
-                thaw(plan)  # a frozen v1 group does not even die
+                resume_vm(plan)  # a frozen v1 group does not even die
                 for pid in (Path(plan.control).parent / "cgroup.procs").read_text().split():
                     with suppress(ProcessLookupError):
                         os.kill(int(pid), signal.SIGKILL)

@@ -11,7 +11,7 @@ from caesura_host_updater.drivers.diagnosis import Diagnosis, ok, warning, wrong
 from caesura_host_updater.drivers.proxmox.definition import ProxmoxOptions, ProxmoxVm
 from caesura_host_updater.drivers.proxmox.monitor import ask_state
 from caesura_host_updater.drivers.proxmox.node_files import NodeView, look_at_node
-from caesura_vmcontrol.bounded import within
+from caesura_vmcontrol.bounded_calls import within
 from caesura_vmcontrol.qemu_plans import QemuPlan
 from caesura_vmcontrol.qmp_commands import NOT_OURS, OVER
 

@@ -43,7 +43,7 @@ from caesura_vmcontrol.process_control import is_held
 from caesura_vmcontrol.procfs import alive
 from caesura_vmcontrol.qemu_plans import QemuPlan
 from caesura_vmcontrol.qmp_commands import AWAY, NOT_OURS, OVER, PASSING, RUNNING, ProcessGone
-from caesura_vmcontrol.vm_control import thaw
+from caesura_vmcontrol.vm_control import resume_vm
 
 _LOOK_S = 0.5  # s: between two looks at the node's files
 _NODE_S = 5.0  # s: for one look; it takes milliseconds
@@ -403,7 +403,7 @@ class ProxmoxDriver:
         # A task that locked it between the two looks may have found it running: it shall not find it paused.
         if why := self._not_now(vmid, by):
             with suppress(OSError):  # the operation resumes it until it runs
-                thaw(plan)
+                resume_vm(plan)
             raise FreezeFailed(vm, f"{why}; that was in the moment of its pause, which was undone")
 
     def _not_now(self, vmid: int, by: float) -> str:
@@ -469,7 +469,7 @@ class ProxmoxDriver:
                     by = "it is paused, and not by Caesura"
                     return "left", _left_text(NOT_OURS.get(status, by), self._as_it_is(spec))
                 else:
-                    thaw(plan)
+                    resume_vm(plan)
                     continue
             except ProcessGone:
                 return "gone", ""

@@ -17,7 +17,7 @@ from caesura_host_updater.drivers.proxmox.definition import (
     started_with,
     vmid_of,
 )
-from caesura_vmcontrol.bounded import within
+from caesura_vmcontrol.bounded_calls import within
 from caesura_vmcontrol.procfs import alive, read_process
 from caesura_vmcontrol.qemu_plans import QemuPlan, Vmm
 

@@ -19,7 +19,7 @@ from caesura_host_updater.drivers.qemu.handover import HandOverFailed, is_verdic
 from caesura_vmcontrol.durable_files import sync_folder
 from caesura_vmcontrol.procfs import alive, send_signal
 from caesura_vmcontrol.qemu_plans import ReplacePlan
-from caesura_vmcontrol.replacing import PART
+from caesura_vmcontrol.qemu_replace import PART
 
 CAPABILITIES = {"x-ignore-shared": True, "events": True}
 """The capabilities of the process that saves its state. A file never answers, so it has no return path."""

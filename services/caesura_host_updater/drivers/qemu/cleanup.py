@@ -21,7 +21,7 @@ from caesura_vmcontrol.process_control import find_by_env, kill_and_wait
 from caesura_vmcontrol.procfs import boot_id
 from caesura_vmcontrol.qemu_control import heir
 from caesura_vmcontrol.qemu_plans import ReplacePlan, SwapPlan
-from caesura_vmcontrol.vm_control import thaw
+from caesura_vmcontrol.vm_control import resume_vm
 
 _END_S = 2.0  # s: for a killed process to be dead
 
@@ -86,7 +86,7 @@ def _owner(plan: SwapPlan | ReplacePlan) -> claims.Owner | None:
     if not Path(plan.claims).is_dir():
         # Lost in the middle, or an earlier release came so far: the one that is left has the guest.
         if heir(plan) is None:
-            thaw(plan)
+            resume_vm(plan)
         return heir(plan)
     number, owner = claims.current(plan.claims)
     if owner is None:

@@ -27,8 +27,8 @@ from caesura_host_updater.inventory.kernel_options import KernelOptions
 from caesura_host_updater.spawn import ExitWatch
 from caesura_vmcontrol.procfs import STOPPED, alive, boot_id, ending, read_process
 from caesura_vmcontrol.qemu_plans import QemuPlan, ReplacePlan, SwapPlan, Vmm
+from caesura_vmcontrol.qemu_replace import STUCK
 from caesura_vmcontrol.qmp_commands import AWAY, NOT_OURS, OVER, RUNNING
-from caesura_vmcontrol.replacing import STUCK
 
 _GREETING_S = 2.0  # s: QEMU greets within milliseconds; another client's turn may take the guard a second
 _LOOK_S = 10.0  # s: for the kernel's word on a process; seconds on a busy emulated host, and a QEMU that is stuck in the kernel may hold us up

@@ -25,7 +25,7 @@ from caesura_host_updater.spawn import ExitWatch, SpawnError, start_detached
 from caesura_vmcontrol.durable_files import sync_folder
 from caesura_vmcontrol.process_control import QEMU_MARK
 from caesura_vmcontrol.procfs import boot_id, read_process, send_signal
-from caesura_vmcontrol.replacing import PART
+from caesura_vmcontrol.qemu_replace import PART
 
 _SOCKET_PATH_BYTES = 107  # unix(7): sun_path has 108 bytes with the closing zero
 _LONGEST = "next/guard.2"

@@ -1,6 +1,6 @@
 """Swap and replace of one guest: preparing, handing over, saving, and cleaning up afterwards.
 
-Every failure takes the same way out as the pause guard's: ``caesura_vmcontrol.vm_control.thaw`` of the plan that was prepared.
+Every failure takes the same way out as the pause guard's: ``caesura_vmcontrol.vm_control.resume_vm`` of the plan that was prepared.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from caesura_vmcontrol.procfs import boot_id, send_signal
 from caesura_vmcontrol.qemu_control import heir, holder
 from caesura_vmcontrol.qemu_plans import QemuPlan, ReplacePlan, SwapPlan
 from caesura_vmcontrol.resume_plans import ResumePlan
-from caesura_vmcontrol.vm_control import condition, thaw
+from caesura_vmcontrol.vm_control import condition, resume_vm
 
 _HAND_OVER_S = 2.0  # s: 3 to 10 ms is usual; a new process that hangs is given up after this
 _RECOVER_S = 4.0  # s: how long we try to recover by ourselves before the caller does
@@ -400,7 +400,7 @@ def _try_recovery(plan: ResumePlan) -> tuple[Condition, str]:
     why = ""
     try:
         if not isinstance(plan, QemuPlan) or condition(plan) != "running":
-            thaw(plan)
+            resume_vm(plan)
         return condition(plan), why
     except OSError as error:
         why = str(error)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from caesura_vmcontrol import claims, process_control, replacing
+from caesura_vmcontrol import claims, process_control, qemu_replace
 from caesura_vmcontrol.procfs import Process, alive, read_process
 from caesura_vmcontrol.qemu_plans import ReplacePlan, Vmm
 
@@ -81,7 +81,7 @@ def other(tmp_path: Path) -> Iterator[Other]:
 def ended_without(plan: ReplacePlan, *, alone: bool) -> str:
     """One call that does not complete it: nothing here is a QEMU. The reason."""
     try:
-        replacing.recover(plan, alone=alone)
+        qemu_replace.recover(plan, alone=alone)
     except OSError as error:
         return str(error)
     raise AssertionError("it cannot be complete")
@@ -93,8 +93,8 @@ def test_a_process_that_was_given_the_guest_is_never_killed(
 ) -> None:
     """The other one claims the file again and starts a process between our reading of the claims and our look for processes; it is
     given the guest before ours kills what it has found."""
-    monkeypatch.setattr(replacing, "_age_s", lambda _: 1e9)
-    monkeypatch.setattr(replacing, "_START_S", 0.1)
+    monkeypatch.setattr(qemu_replace, "_age_s", lambda _: 1e9)
+    monkeypatch.setattr(qemu_replace, "_START_S", 0.1)
     given: list[bool] = []
 
     def started(_: ReplacePlan) -> list[Process]:
@@ -107,8 +107,8 @@ def test_a_process_that_was_given_the_guest_is_never_killed(
             given.append(other.claim())
         process_control.kill_and_wait(pid, start_ticks, until)
 
-    monkeypatch.setattr(replacing, "started", started)
-    monkeypatch.setattr(replacing, "kill_and_wait", kill)
+    monkeypatch.setattr(qemu_replace, "started", started)
+    monkeypatch.setattr(qemu_replace, "kill_and_wait", kill)
     ended_without(other.plan, alone=alone)
     if not given:
         given.append(other.claim())
@@ -132,7 +132,7 @@ def test_one_whose_starter_is_dead_is_not(other: Other) -> None:
 
 
 def test_one_that_takes_too_long_is_not(other: Other, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replacing, "_START_S", 0.0)
+    monkeypatch.setattr(qemu_replace, "_START_S", 0.0)
     other.begin()
     pid, ticks = other.process.pid, other.process.start_ticks
     os.kill(pid, signal.SIGSTOP)

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from caesura_vmcontrol import boot_counters, claims, kernel_clock
 from caesura_vmcontrol.boots import boot8
-from caesura_vmcontrol.bounded import CallTimeout, within
+from caesura_vmcontrol.bounded_calls import CallTimeout, within
 from caesura_vmcontrol.claims import Owner
 from caesura_vmcontrol.hardware_watchdog import HardwareWatchdog
 from caesura_vmcontrol.intent import Intent
@@ -103,7 +103,7 @@ def check_plans(intent: Intent) -> None:
             raise BadPlan(f"VM {plan.vm}: its plan cannot be completed by another boot")
 
 
-class Leaving:
+class Departure:
     """One guard's leaving of its kernel.
 
     Args:

@@ -11,7 +11,7 @@ from caesura_vmcontrol.kernel_change import Arrival
 from caesura_vmcontrol.procfs import Process
 from caesura_vmcontrol.qemu_plans import ReplacePlan
 from caesura_vmcontrol.resume_plans import ResumePlan
-from caesura_vmcontrol.vm_control import thaw
+from caesura_vmcontrol.vm_control import resume_vm
 
 
 class Examination:
@@ -40,8 +40,8 @@ class Examination:
         return arrival
 
     def release(self, plan: ResumePlan, table: Mapping[int, Process] | None) -> None:
-        """As ``vm_control.thaw``; called in several threads."""
+        """As ``vm_control.resume_vm``; called in several threads."""
         with self._lock:
             if self._open is not None and isinstance(plan, ReplacePlan):
                 self._examine(self._open)
-        thaw(plan, table)
+        resume_vm(plan, table)

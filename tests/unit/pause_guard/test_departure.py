@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from caesura_pause_guard.leaving import Leaving
-from caesura_vmcontrol import boot_counters, claims, replacing
+from caesura_pause_guard.departure import Departure
+from caesura_vmcontrol import boot_counters, claims, qemu_replace
 from caesura_vmcontrol.boots import boot8
 from caesura_vmcontrol.intent import Intent, IntentFile
 from caesura_vmcontrol.kernel_change import KernelChange
@@ -94,11 +94,11 @@ class Host:
             )
         )
         self.kernel = Kernel(jump)
-        self.leaving = Leaving(str(self.state_dir), self.watch, lambda *_, **__: None, self.kernel)
-        self.leaving.measure()
+        self.departure = Departure(str(self.state_dir), self.watch, lambda *_, **__: None, self.kernel)
+        self.departure.measure()
 
     def leave(self, by_s: float = 1000.0) -> None:
-        self.leaving.leave("op", time.monotonic() + by_s)
+        self.departure.leave("op", time.monotonic() + by_s)
 
     @property
     def owner(self) -> claims.Owner | None:
@@ -186,7 +186,7 @@ def test_what_keeps_it_from_beginning(host: Callable[..., Host], wrong: str) -> 
         claims.claim(str(made.folder), 2, f"new:{os.getpid()}:1:{boot8()}")
     before = made.owner
     with pytest.raises(GuardRefusal):
-        made.leaving.leave(
+        made.departure.leave(
             "another" if wrong == "another operation" else "op",
             time.monotonic() + (-1 if wrong == "too late" else 99),
         )
@@ -211,14 +211,14 @@ def test_a_guard_that_is_killed_between_its_claim_and_the_jump(
         assert made.owner is not None
         assert (made.owner.kind, made.owner.pid) == ("left", pid)
         with pytest.raises(NotRunning, match="is leaving this kernel"):
-            replacing.recover(made.plan, alone=True)
+            qemu_replace.recover(made.plan, alone=True)
         assert condition(made.plan) == "held", "it is not lost, and does not run"
         assert made.owner.kind == "left"
     finally:
         os.kill(pid, 9)
         os.waitpid(pid, 0)
     with pytest.raises(OSError, match="/bin/false"):  # it tries to load it: nothing here is a QEMU
-        replacing.recover(made.plan, alone=True)
+        qemu_replace.recover(made.plan, alone=True)
     assert made.owner == claims.parse_owner(made.file)
     found = made.recorded
     assert found.left is not None, "as the dead guard wrote it"

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from caesura_vmcontrol import claims
 from caesura_vmcontrol.boots import boot8, in_this_boot, of_another_boot, of_this_boot
-from caesura_vmcontrol.bounded import within
+from caesura_vmcontrol.bounded_calls import within
 from caesura_vmcontrol.claims import Owner
 from caesura_vmcontrol.durable_files import sync_folder
 from caesura_vmcontrol.process_control import (
@@ -28,6 +28,7 @@ from caesura_vmcontrol.process_control import (
 )
 from caesura_vmcontrol.procfs import Process, alive, send_signal
 from caesura_vmcontrol.qemu_plans import ReplacePlan, SwapPlan
+from caesura_vmcontrol.qemu_swap import roll_back
 from caesura_vmcontrol.qmp import Qmp, QmpError
 from caesura_vmcontrol.qmp_commands import (
     CONT_S,
@@ -45,7 +46,6 @@ from caesura_vmcontrol.qmp_commands import (
     run_state,
 )
 from caesura_vmcontrol.ram_places import RamIdentity, find_error
-from caesura_vmcontrol.swapping import roll_back
 
 _TOTAL_S = 1.0  # s: one call, except for a process that is starting; the caller tries again
 _START_S = 3.0  # s: from the program's start to the loaded state; 60 ms on an idle host

@@ -1,4 +1,4 @@
-"""What a service on this host says of itself at ``/ready``. Blocking."""
+"""Asks a service on this host what it says of itself at ``/ready``. Blocking."""
 
 from __future__ import annotations
 

@@ -13,13 +13,13 @@ from caesura.contract.messages import KernelFigure
 from caesura.lifecycle.loaded_kernel import LoadedKernel, carve_outs
 from caesura_host_updater.inventory.kernel_options import KernelOptions
 from caesura_host_updater.kernel.figures import FILE, add_figure, newest_of_each, read_figures
+from caesura_host_updater.kernel.inspector import KernelInspector
 from caesura_host_updater.kernel.preflight import (
     KernelFacts,
     figure_error,
     loaded_error,
     obstacles,
 )
-from caesura_host_updater.kernel.readiness import KernelReadiness
 from caesura_vmcontrol.mounts import mount_of, mounts_in
 
 OLD, NEW = "6.1.0-8-amd64", "6.1.0-9-amd64"
@@ -179,23 +179,23 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def readiness(root: Path, tmp_path: Path) -> Callable[..., KernelReadiness]:
+def readiness(root: Path, tmp_path: Path) -> Callable[..., KernelInspector]:
     """Reads those files; the state folder is on the disk in the made-up mounts."""
 
-    def make(**changes: object) -> KernelReadiness:
+    def make(**changes: object) -> KernelInspector:
         values: dict[str, object] = {
             "guard_pid": lambda: 7,
-            "broker_host": "192.0.2.1",
+            "broker_hosts": ["192.0.2.1"],
             "changed": lambda: None,
             "root": root,
             "carve_out_error": lambda _: "",
         }
-        return KernelReadiness(OPTIONS, tmp_path, **(values | changes))  # type: ignore[arg-type]
+        return KernelInspector(OPTIONS, tmp_path, **(values | changes))  # type: ignore[arg-type]
 
     return make
 
 
-async def test_a_host_is_looked_at(readiness: Callable[..., KernelReadiness], tmp_path: Path) -> None:
+async def test_a_host_is_looked_at(readiness: Callable[..., KernelInspector], tmp_path: Path) -> None:
     said: list[int] = []
     one = readiness(changed=lambda: said.append(1))
     assert "nothing was measured" in await one.error(NEW, 30.0)
@@ -210,10 +210,10 @@ async def test_a_host_is_looked_at(readiness: Callable[..., KernelReadiness], tm
 
 
 async def test_programs_of_the_fleet_on_the_host_are_seen(
-    readiness: Callable[..., KernelReadiness], root: Path
+    readiness: Callable[..., KernelInspector], root: Path
 ) -> None:
     (root / "proc/8/cmdline").write_bytes(b"/usr/bin/python3\0/opt/caesura/bin/caesura-metrics-exporter\0")
-    one = readiness(guard_pid=lambda: 0, broker_host="127.0.0.1")
+    one = readiness(guard_pid=lambda: 0, broker_hosts=["127.0.0.1"])
     await one.look()
     assert one.record is not None
     guard, programs = one.record.problems
@@ -222,7 +222,7 @@ async def test_programs_of_the_fleet_on_the_host_are_seen(
 
 
 async def test_guests_that_are_not_ours_are_seen(
-    readiness: Callable[..., KernelReadiness], root: Path
+    readiness: Callable[..., KernelInspector], root: Path
 ) -> None:
     """Started by hand, or by libvirt: they are saved by nobody, and would end as by a power cut."""
     for pid, comm, environ in (
@@ -241,8 +241,8 @@ async def test_guests_that_are_not_ours_are_seen(
     assert "(pid 21)" in await one.error(NEW, 30.0)
 
 
-async def test_a_broker_on_the_host_itself_is_seen(readiness: Callable[..., KernelReadiness]) -> None:
-    one = readiness(broker_host="127.0.0.1")
+async def test_a_broker_on_the_host_itself_is_seen(readiness: Callable[..., KernelInspector]) -> None:
+    one = readiness(broker_hosts=["127.0.0.1"])
     await one.look()
     assert one.record is not None
     assert [each.split(":")[0] for each in one.record.problems] == [
@@ -251,7 +251,7 @@ async def test_a_broker_on_the_host_itself_is_seen(readiness: Callable[..., Kern
 
 
 async def test_a_host_whose_files_cannot_be_read_is_not_ready(
-    readiness: Callable[..., KernelReadiness], root: Path
+    readiness: Callable[..., KernelInspector], root: Path
 ) -> None:
     (root / "proc/cmdline").unlink()
     one = readiness()
@@ -262,9 +262,18 @@ async def test_a_host_whose_files_cannot_be_read_is_not_ready(
 
 
 async def test_without_the_operators_word_nothing_is_said_or_started(tmp_path: Path) -> None:
-    one = KernelReadiness(
-        KernelOptions(), tmp_path, guard_pid=lambda: 7, broker_host="", changed=lambda: None
+    one = KernelInspector(
+        KernelOptions(), tmp_path, guard_pid=lambda: 7, broker_hosts=[""], changed=lambda: None
     )
     await one.look()
     assert one.record is None
     assert "kexec = true" in await one.error(NEW, 30.0)
+
+
+async def test_a_cluster_with_one_node_on_the_host_has_others(
+    readiness: Callable[..., KernelInspector],
+) -> None:
+    one = readiness(broker_hosts=["127.0.0.1", "192.0.2.1"])
+    await one.look()
+    assert one.record is not None
+    assert one.record.problems == ()

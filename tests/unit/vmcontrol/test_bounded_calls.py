@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from caesura_testing.patience import patient
-from caesura_vmcontrol.bounded import CallTimeout, within
+from caesura_vmcontrol.bounded_calls import CallTimeout, within
 from caesura_vmcontrol.process_control import start
 
 LONG_S = patient(20)

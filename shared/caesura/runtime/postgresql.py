@@ -3,13 +3,14 @@
 One session each. The process whose session has the advisory lock leads; what keeps another from writing is the epoch in the row of
 ``caesura.store``, which every transaction updates first and so holds. Everything here blocks, and is called in a thread.
 
-The server ends a session that is silent for the lease (``idle_session_timeout``), so a leader that is stopped or cut off keeps the lock no longer
-than that, whatever the network says.
+A leader gives a sign of life in the store's row. If it has given none for the lease, by a standby's own clock, that one has the server end the leader's session: one that is
+stopped or cut off keeps the lock no longer than that, whatever the network says.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -56,7 +57,7 @@ class PostgresOptions(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     """Of this process, as the server shows it."""
     lease_s: float
-    """Seconds of silence after which the server ends the session."""
+    """Seconds of silence after which a session is ended."""
 
     def __post_init__(self) -> None:
         self.parameters()
@@ -154,6 +155,10 @@ class PostgresRows:
         self._session: psycopg.Connection[Any] | None = None
         self._epoch = 0
         """Our own: the one in the store while nobody else leads."""
+        self._seen: tuple[int, int] | None = None
+        """The leader's epoch and its last sign of life."""
+        self._seen_at = 0.0
+        """When that was first seen, seconds on the monotonic clock."""
 
     def open(self) -> int:
         """See ``SharedRows.open``."""
@@ -169,6 +174,7 @@ class PostgresRows:
         self.open()
         with self._translated("cannot lead with"):
             if not self._one("SELECT pg_try_advisory_lock(%s)", _LOCK)[0]:
+                self._end_silent_leader()
                 return None
             with self._made.transaction():
                 version, before = self._read_store()
@@ -183,6 +189,22 @@ class PostgresRows:
             ).fetchall():
                 rows[table] = self._table(table)
             return Content(version=version, epoch=before, rows=rows)
+
+    def _end_silent_leader(self) -> None:
+        """End the session that has the lock, if it gave no sign of life for the lease: the next try gets the lock.
+
+        ``idle_session_timeout`` is not enough: it does not run in the middle of a message, where a process may be stopped.
+        """
+        now = time.monotonic()
+        seen = self._one("SELECT epoch, beat FROM caesura.store")
+        if seen != self._seen:
+            self._seen, self._seen_at = seen, now
+        elif now - self._seen_at > self._options.lease_s:
+            self._made.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted AND classid = 0 AND objid = %s "
+                "AND objsubid = 1 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
+                (_LOCK,),
+            )
 
     def write(self, epoch: int, changes: Sequence[TableChanges]) -> None:
         """See ``SharedRows.write``."""
@@ -208,10 +230,8 @@ class PostgresRows:
 
     def beat(self) -> None:
         """See ``SharedRows.beat``."""
-        with self._translated("cannot reach"):
-            _, epoch = self._read_store()
-            if self._epoch and epoch != self._epoch:
-                raise self._superseded()
+        with self._translated("cannot reach"), self._fenced(self._epoch):
+            pass
 
     def close(self) -> None:
         """See ``SharedRows.close``."""
@@ -264,7 +284,7 @@ class PostgresRows:
                 session.execute("CREATE SCHEMA IF NOT EXISTS caesura")
                 session.execute(
                     "CREATE TABLE caesura.store (only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row), fleet text NOT NULL, "
-                    "version integer NOT NULL, epoch bigint NOT NULL, coordinator text NOT NULL, led_since timestamptz)"
+                    "version integer NOT NULL, epoch bigint NOT NULL, beat bigint NOT NULL DEFAULT 0, coordinator text NOT NULL, led_since timestamptz)"
                 )
                 session.execute(
                     "INSERT INTO caesura.store (fleet, version, epoch, coordinator) VALUES (%s, %s, 0, '')",
@@ -310,7 +330,7 @@ class PostgresRows:
         """A transaction that is nothing if another process leads. It holds the row of the epoch until it ends."""
         with self._made.transaction():
             done = self._made.execute(
-                "UPDATE caesura.store SET epoch = %s WHERE epoch = %s", (epoch, self._epoch)
+                "UPDATE caesura.store SET beat = beat + 1, epoch = %s WHERE epoch = %s", (epoch, self._epoch)
             )
             if done.rowcount != 1:
                 raise self._superseded()

@@ -119,7 +119,7 @@ class WorkingCopy:
             for verb, row in (("INSERT", "NEW"), ("UPDATE", "NEW"), ("DELETE", "OLD")):
                 # OR IGNORE would not do: the policy of the statement that fires the trigger overrides it.
                 known = f"SELECT 1 FROM changed_row WHERE name = '{table}' AND number = {row}.rowid"  # noqa: S608 - the schema's own names
-                note = f"INSERT INTO changed_row SELECT '{table}', {row}.rowid WHERE NOT EXISTS ({known})"  # noqa: S608
+                note = f"INSERT INTO changed_row SELECT '{table}', {row}.rowid WHERE NOT EXISTS ({known})"
                 database.run(
                     f"CREATE TEMP TRIGGER {table}_{verb} AFTER {verb} ON main.{table} BEGIN {note}; END"
                 )

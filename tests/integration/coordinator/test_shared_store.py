@@ -466,3 +466,20 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - a state, no event
             await asyncio.sleep(0.01)
+
+
+async def test_a_leader_that_is_silent_in_the_middle_of_a_query_does_not_keep_the_lock(
+    server: PostgresServer,
+) -> None:
+    """There the server waits without a time limit: a session with the lock, stopped between the messages of one query."""
+    async with coordinator_of(server.url, name="two", lease_s=2.0) as second:
+        async with coordinator_of(server.url, name="zero") as first:
+            await lead(first)
+        stuck = psycopg.connect(server.url, autocommit=True, options="-c idle_session_timeout=0")
+        try:
+            stuck.execute("SELECT pg_advisory_lock(%s)", (0x0CAE_5CA0,))
+            await lead(second)
+            with pytest.raises(psycopg.OperationalError):
+                stuck.execute("SELECT 1")
+        finally:
+            stuck.close()

@@ -251,7 +251,8 @@ class Coordinator:
             if not await self.publisher.drained(_FLUSH_S):
                 _log.warning("outbox.left", messages=len(self.publisher))
             await self.leadership.presence.goodbye(timeout_s=2.0)
-        if self._status is not None and self.bus.stats.connected:
+        ends = self.shared is not None and not self.shared.lost and not self.leadership.superseded
+        if self._status is not None and ends and self.bus.stats.connected:
             await self._status.goodbye()
         await self.bus.close()
 

@@ -99,8 +99,8 @@ class SharedStore:
         self._round: asyncio.Task[None] | None = None
         self._failed: StoreLost | None = None
         self._wake = asyncio.Event()
-        self._waiting_since: float | None = None
-        """Loop time since which the database has not answered."""
+        self._asked_s: list[float] = []
+        """Loop time of each question that the database has not answered."""
 
     # -- election ------------------------------------------------------------------------------------------
 
@@ -171,6 +171,11 @@ class SharedStore:
         return self.store.database.commits
 
     @property
+    def lost(self) -> bool:
+        """Whether this coordinator begins again as a standby."""
+        return self._failed is not None
+
+    @property
     def settled(self) -> bool:
         """See ``DurableCommits``."""
         return self._on_disk >= self.committed
@@ -237,7 +242,7 @@ class SharedStore:
         if self.waits_for or self._failed is not None:
             return self.waits_for or str(self._failed)
         now_s = asyncio.get_running_loop().time()
-        waited_s = now_s - self._waiting_since if self._waiting_since is not None else 0.0
+        waited_s = now_s - min(self._asked_s, default=now_s)
         return (
             f"the store {self._rows.label}, which has not answered for {waited_s:.0f} s"
             if waited_s >= _SLOW_S
@@ -279,11 +284,10 @@ class SharedStore:
             StoreError: as ``work``, or no answer in time.
         """
         began_s = asyncio.get_running_loop().time()
-        if self._waiting_since is None:
-            self._waiting_since = began_s
+        self._asked_s.append(began_s)
         try:
             async with asyncio.timeout(self.lease_s):
-                done = await self._worker.do(work)
+                return await self._worker.do(work)
         except TimeoutError:
             # The thread may continue some day: then it ends its session.
             self._worker.post(self._rows.close)
@@ -292,8 +296,8 @@ class SharedStore:
             error = StoreError(f"no answer of {self._rows.label} for {self.lease_s:g} s")
             error.temporary = True
             raise error from None
-        self._waiting_since = None
-        return done
+        finally:
+            self._asked_s.remove(began_s)
 
     def _lost(self, error: StoreError) -> StoreLost:
         self.leads = False

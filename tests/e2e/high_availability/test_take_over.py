@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-STATES = ("scheduled", "frozen", "verifying", "soaking")
+_STATES = ("scheduled", "frozen", "verifying", "soaking")
+_ALL = bool(os.environ.get("CAESURA_TEST_TAKEOVER_ALL"))
+"""The whole matrix: ``./check takeover``."""
 
 
-@pytest.mark.parametrize("state", STATES)
+def states(*in_ci: str) -> pytest.MarkDecorator:
+    """The states of a wave in which the leader is lost."""
+    return pytest.mark.parametrize("state", _STATES if _ALL else in_ci)
+
+
+@states(*_STATES)
 async def test_the_leader_is_killed(state: str, duo: Callable[..., Any]) -> None:
     pair = await duo()
     await pair.up()
@@ -23,7 +31,7 @@ async def test_the_leader_is_killed(state: str, duo: Callable[..., Any]) -> None
     await pair.done(rollout)
 
 
-@pytest.mark.parametrize("state", ["scheduled", "frozen"])
+@states("scheduled", "frozen")
 async def test_the_leader_is_stopped_and_wakes_up(state: str, duo: Callable[..., Any]) -> None:
     """Its connections stay open: the database ends its session, and when it wakes it has no authority."""
     pair = await duo()
@@ -40,7 +48,7 @@ async def test_the_leader_is_stopped_and_wakes_up(state: str, duo: Callable[...,
     await pair.until_leads("one")
 
 
-@pytest.mark.parametrize("state", ["scheduled", "verifying"])
+@states("scheduled", "verifying")
 async def test_the_leader_is_cut_off_from_its_database(state: str, duo: Callable[..., Any]) -> None:
     pair = await duo()
     await pair.up()
@@ -62,7 +70,7 @@ async def test_the_leader_is_cut_off_from_its_database(state: str, duo: Callable
     await pair.done(rollout)
 
 
-@pytest.mark.parametrize("state", ["scheduled", "soaking"])
+@states("scheduled", "soaking")
 async def test_the_leader_is_cut_off_from_the_broker(state: str, duo: Callable[..., Any]) -> None:
     pair = await duo()
     await pair.up()
@@ -77,7 +85,7 @@ async def test_the_leader_is_cut_off_from_the_broker(state: str, duo: Callable[.
     await pair.done(rollout)
 
 
-@pytest.mark.parametrize("state", ["scheduled", "frozen"])
+@states("scheduled", "frozen")
 async def test_the_database_is_restarted(state: str, duo: Callable[..., Any]) -> None:
     pair = await duo()
     await pair.up()
@@ -128,7 +136,7 @@ async def test_a_promoted_replica_has_everything(duo: Callable[..., Any]) -> Non
         await replica.close()
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(100 if _ALL else 3))
 async def test_both_are_started_at_once(number: int, duo: Callable[..., Any]) -> None:
     pair = await duo()
     await asyncio.gather(
@@ -162,3 +170,18 @@ async def test_a_store_that_must_not_be_used_ends_the_service_by_name(duo: Calla
     assert await pair.sandbox.until_exit("two", 20) == 2
     assert "schema version 99" in pair.sandbox.events("two")[-1]["why"]
     assert pair.leads("one"), "the older leader stays until it is replaced"
+
+
+async def test_a_coordinator_with_another_store_is_not_fought_over_the_fleet(duo: Callable[..., Any]) -> None:
+    """Two stores of one fleet: the coordinators that share one end, as one with SQLite does, instead of taking turns with the other."""
+    pair = await duo()
+    await pair.up()
+    pair.sandbox.coordinator("stranger")
+    await pair.sandbox.start("stranger")
+    assert await pair.sandbox.until_exit("one", 30) == 3
+    assert "does not use postgresql://" in pair.sandbox.events("one")[-1]["why"]
+    await pair.sandbox.until(
+        lambda: pair.stage.fleet_view.coordinator.coordinator.startswith(("stranger", "two")),
+        30,
+        "another leads",
+    )

@@ -45,7 +45,6 @@ async def run(settings: CoordinatorSettings) -> None:
 
 async def _run_shared(settings: CoordinatorSettings) -> None:
     """Stand by, lead, and stand by again once another coordinator leads or the store is lost."""
-    claimed = 0
     while True:
         store, copy = working_copy()
         shared = SharedStore(
@@ -54,7 +53,6 @@ async def _run_shared(settings: CoordinatorSettings) -> None:
             shared_rows(settings, copy.columns),
             name=settings.instance,
             lease_s=settings.lease_s,
-            claimed=claimed,
         )
         try:
             await _serve(settings, store, shared)
@@ -64,7 +62,6 @@ async def _run_shared(settings: CoordinatorSettings) -> None:
                 raise
             for each in dict.fromkeys(map(str, found)):
                 _log.error("coordinator.stands_by", why=each)
-            claimed = max((each.epoch for each in found if isinstance(each, LeadershipLost)), default=0)
         else:
             return
 

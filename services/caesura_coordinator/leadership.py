@@ -26,6 +26,8 @@ from caesura_coordinator.store import CoordinatorStore
 _ANNOUNCED_KEPT = 10
 _SETTLE_AT_MOST_S = 30.0
 _BACKLOG_POLL_S = 0.2
+_SILENT_S = 70.0
+"""s: three announcements of a leader were missed."""
 _log = get_logger("caesura.coordinator")
 
 
@@ -43,11 +45,6 @@ class LeadershipLost(CaesuraError):
     """Another coordinator has claimed a higher epoch; this one no longer has authority."""
 
     exit_code = 3
-
-    def __init__(self, why: str, epoch: int = 0) -> None:
-        super().__init__(why)
-        self.epoch = epoch
-        """The higher one; 0: there is none, the authority was given back."""
 
 
 def presence(authority: Authority, *, online: bool) -> m.CoordinatorPresence:
@@ -104,6 +101,8 @@ class Leadership:
         self._holds = holds
         self._contested = asyncio.Event()
         """Another coordinator has claimed this one's epoch."""
+        self._observed: tuple[m.CoordinatorPresence, float] | None = None
+        """Another coordinator's last presence, and when it arrived by the loop's clock."""
         self._superseded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.presence = Presence(
             post,
@@ -155,6 +154,17 @@ class Leadership:
         self.claimed = True
         _log.info("coordinator.claimed", epoch=claimed, coordinator=self.authority.coordinator)
 
+    def rival(self, stored: int) -> str:
+        """A coordinator that leads with an epoch above that of our store, so it does not share it; empty: there is none.
+
+        Two that each claim above the other would take turns. One that is silent is gone.
+        """
+        if self._observed is None:
+            return ""
+        presence, arrived_s = self._observed
+        silent = asyncio.get_running_loop().time() - arrived_s > _SILENT_S
+        return presence.coordinator if presence.online and presence.epoch > stored and not silent else ""
+
     async def claim_above_equals(self) -> None:
         """Claim again whenever another has the same epoch; until a higher one is claimed.
 
@@ -184,6 +194,8 @@ class Leadership:
 
     async def on_coordinator(self, observed: m.CoordinatorPresence, _: Received) -> None:
         """A coordinator's presence arrived: another's, or our own."""
+        if observed.coordinator != self.authority.coordinator:
+            self._observed = observed, asyncio.get_running_loop().time()
         self._on_epoch_observed(observed.epoch, observed.coordinator, alive=observed.online)
         if self.is_leader and observed != presence(self.authority, online=True):
             await self.announce()  # the will of an older coordinator must not stay as the last message
@@ -208,7 +220,6 @@ class Leadership:
             self._superseded.set_exception(
                 LeadershipLost(
                     f"coordinator {coordinator} has claimed epoch {epoch}, this one had {mine.epoch}: standing down. "
-                    "Run one coordinator, or let a standby take over only when the first is stopped.",
-                    epoch,
+                    "Run one coordinator, or let a standby take over only when the first is stopped."
                 )
             )

@@ -266,7 +266,7 @@ class Coordinator:
             _log.warning("coordinator.waiting_for_broker", why=self.bus.stats.last_error)
         await self.leadership.settled()
         if self.shared is not None:
-            await self.shared.lead(lambda: self.bus.stats.connected)
+            await self.shared.lead(self._obstacle)
             self.store.write_as(self.post.source)
             self.repository.load(self._now())
         await self.leadership.claim()
@@ -285,6 +285,13 @@ class Coordinator:
             self.relay.republish()
         self._dispatcher.wake()
         await self.leadership.claim_above_equals()
+
+    def _obstacle(self, epoch: int) -> str:
+        """What keeps a standby from the lead though the store, which has this epoch, does not; empty: nothing."""
+        if not self.bus.stats.connected:
+            return "the broker"
+        rival = self.leadership.rival(epoch)
+        return f"the end of coordinator {rival}, which leads this fleet with another store" if rival else ""
 
     async def _give_way_without_broker(self) -> None:
         """A leader that has lost the broker may be the only one that has.

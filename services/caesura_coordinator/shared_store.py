@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from caesura.delivery.sqlite import OffLoop, OutboxTable
-from caesura.runtime.errors import CaesuraError, ConfigError, StoreError
+from caesura.runtime.errors import ConfigError, StoreError
 from caesura.runtime.logs import get_logger
 from caesura.runtime.shared_rows import Content, SharedRows, StoreLost, WorkingCopy, migrated
 from caesura.runtime.threads import Worker
@@ -32,18 +32,6 @@ T = TypeVar("T")
 _log = get_logger("caesura.coordinator")
 
 
-class ClaimedElsewhere(CaesuraError):
-    """A coordinator with another store leads this fleet: two stores of one fleet are for a person to sort out."""
-
-    exit_code = 3
-
-    def __init__(self, store: str, epoch: int) -> None:
-        super().__init__(
-            f"epoch {epoch} was claimed on the broker by a coordinator that does not use {store}: standing down. Stop the other one, or give all "
-            "the same CAESURA_COORDINATOR_STORE"
-        )
-
-
 def working_copy() -> tuple[CoordinatorStore, WorkingCopy]:
     """An empty store in memory, and what knows its changes."""
     store = CoordinatorStore(":memory:")
@@ -59,7 +47,6 @@ class SharedStore:
         rows: makes a connection to the database: another one is made when the thread of the first hangs.
         name: of this coordinator, for people.
         lease_s: how long the database may take for an answer.
-        claimed: the epoch for which this coordinator stood down before, if it did.
         poll_s: seconds between two tries of a standby to lead: a take-over takes up to so much longer.
         retry_s: seconds before the next try to reach a database that was not reached.
     """
@@ -72,7 +59,6 @@ class SharedStore:
         *,
         name: str,
         lease_s: float,
-        claimed: int = 0,
         poll_s: float = _POLL_S,
         retry_s: float = _RETRY_S,
     ) -> None:
@@ -90,7 +76,6 @@ class SharedStore:
         self._make_rows = rows
         self._rows = rows()
         store.database.path = self._rows.label
-        self._claimed = claimed
         self._name = name
         self._poll_s = poll_s
         self._retry_s = retry_s
@@ -104,29 +89,27 @@ class SharedStore:
 
     # -- election ------------------------------------------------------------------------------------------
 
-    async def lead(self, may_lead: Callable[[], bool]) -> None:
+    async def lead(self, obstacle: Callable[[int], str] = lambda _: "") -> None:
         """Stand by until this coordinator leads; then the working copy has the content.
 
         Args:
-            may_lead: whether it could do the work: one without a broker cannot.
+            obstacle: what keeps this coordinator from the lead though the store does not, given the store's epoch; empty: nothing.
 
         Raises:
             ConfigError, NewerStore: the database must not be used.
-            ClaimedElsewhere: the coordinator for which this one stood down does not share this store.
             StoreLost: it was lost at once.
             StoreError: the content cannot be read.
         """
         while True:
             try:
-                if await self._do(self._rows.open) < self._claimed:
-                    raise ClaimedElsewhere(self._rows.label, self._claimed)
-                content = await self._do(lambda: self._rows.try_lead(self._name)) if may_lead() else None
+                why = obstacle(await self._do(self._rows.open))
+                content = None if why else await self._do(lambda: self._rows.try_lead(self._name))
             except StoreError as error:
                 await self._not_reached(error)
                 continue
             if content is not None:
                 break
-            self._now_waits_for(ANOTHER_LEADS if may_lead() else "the broker")
+            self._now_waits_for(why or ANOTHER_LEADS)
             await asyncio.sleep(self._poll_s)
         await self._take(content)
         self._now_waits_for("")

@@ -76,7 +76,7 @@ async def coordinator_of(url: str, **changes: Any) -> AsyncIterator[SharedStore]
 
 
 async def lead(shared: SharedStore) -> CoordinatorStore:
-    await shared.lead(lambda: True)
+    await shared.lead()
     shared.store.write_as("/caesura/default/coordinator")
     return shared.store
 

@@ -64,8 +64,7 @@ class FleetResync:
         self._requesters = RequesterLimits()
         self._fleet = TokenBucket(FLEET, now())
         self._due = asyncio.Event()
-        self._own_need = False
-        self._publish_due = False
+        self._asked = asyncio.Event()
         self._sampled = Sampler()
         if enabled:
             kinds: tuple[type[Message], ...] = (*_REQUESTS, m.FleetResyncRequested)
@@ -77,7 +76,6 @@ class FleetResync:
     def connected(self) -> None:
         """Ask for what this coordinator reads."""
         if self.enabled:
-            self._own_need = True
             self._due.set()
 
     async def _on_request(self, _: Message, received: Received) -> None:
@@ -85,7 +83,6 @@ class FleetResync:
         if not self._leadership.is_leader:
             return  # it is repeated until one leads
         if self._requesters.admits(party, name, self._now()):
-            self._publish_due = True
             self._due.set()
             return
         left_out = self._sampled.due(f"{party}/{name}")
@@ -97,21 +94,23 @@ class FleetResync:
                 advice="it asks for the whole state more often than any Caesura service: check it, or give it another password",
             )
 
-    async def _on_fleet(self, asked: m.FleetResyncRequested, _: Received) -> None:
-        if asked.coordinator != self._leadership.authority.coordinator and self._leadership.is_leader:
-            self._publish_due = True
-            self._due.set()
+    async def _on_fleet(self, _: m.FleetResyncRequested, __: Received) -> None:
+        """All writers were asked, by this coordinator or by another one."""
+        self._asked.set()
 
     async def run(self) -> None:
-        """Ask when somebody needs it; never ends."""
+        """Ask when somebody needs it, and publish when asked; never ends."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._keep_asking(), name="resync-request")
+            group.create_task(self._keep_publishing(), name="resync-publish")
+
+    async def _keep_asking(self) -> None:
         while True:
             await self._due.wait()
             # Requests that come in the meantime are answered by the same publication.
             while not self._fleet.take(self._now()):  # noqa: ASYNC110 - time passes, nothing else
                 await asyncio.sleep(self._fleet.wait_s(self._now()))
             self._due.clear()
-            own_need, self._own_need = self._own_need, False
-            publish, self._publish_due = self._publish_due or own_need, False
             asked = m.FleetResyncRequested(
                 coordinator=self._leadership.authority.coordinator, spread_s=spread_s(self._vms())
             )
@@ -119,9 +118,11 @@ class FleetResync:
                 await self._post.send(asked)
             except BusError as error:
                 _log.info("resync.not_asked", why=str(error))
-                self._own_need, self._publish_due = own_need, publish
                 self._due.set()
                 await asyncio.sleep(_RETRY_S)
-                continue
-            if publish and self._leadership.is_leader:
-                await self._publish()
+
+    async def _keep_publishing(self) -> None:
+        while True:
+            await self._asked.wait()
+            self._asked.clear()
+            await self._publish()

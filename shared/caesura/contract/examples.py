@@ -424,6 +424,12 @@ def examples() -> list[Example]:
             ),
             {"host": "host-1", "vm": "web-1"},
         ),
+        Example(
+            m.CoordinatorStatus(
+                coordinator="coordinator-2", online=True, leads=False, waits_for="another coordinator leads"
+            ),
+            {"coordinator": "coordinator-2"},
+        ),
         Example(m.FleetResyncRequested(coordinator="coordinator-5d1c9a70", spread_s=1.0), {}),
         Example(m.AgentResyncRequested(vm="web-1"), {"vm": "web-1"}),
         Example(m.PublisherResyncRequested(instance="fleet"), {"instance": "fleet"}),

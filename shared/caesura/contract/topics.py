@@ -350,6 +350,14 @@ CHANNELS: tuple[Channel, ...] = (
         summary="What the host file says of a VM for its workloads to read: size, image, addresses, tags, user data.",
     ),
     Channel(
+        address=f"{PREFIX}/fleet/coordinator/{{coordinator}}",
+        message=m.CoordinatorStatus,
+        writer="coordinator",
+        readers=("ctl", "exporter"),
+        retain=True,
+        summary="A coordinator that shares its store with others: whether it leads or stands by, and what it waits for.",
+    ),
+    Channel(
         address=f"{PREFIX}/fleet/resync",
         message=m.FleetResyncRequested,
         writer="coordinator",

@@ -105,6 +105,7 @@ from caesura.contract.messages.resync import (
 from caesura.contract.messages.rollouts import (
     MOST_RIVALS,
     CoordinatorPresence,
+    CoordinatorStatus,
     FailedUpdate,
     RolloutState,
     VmOwner,
@@ -156,6 +157,7 @@ __all__ = [
     "ClockSyncAnswered",
     "ClockSyncRequested",
     "CoordinatorPresence",
+    "CoordinatorStatus",
     "Count",
     "DomainKey",
     "Epoch",

@@ -10,7 +10,7 @@ import pytest
 
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
-from caesura.bus.port import Will
+from caesura.bus.port import Delivery, Will
 from caesura.conformance.bus_harness import BrokerCapabilities, BusHarness
 from caesura.conformance.buses import BusConformance
 from caesura.contract.access import Principal, nats_users
@@ -61,6 +61,26 @@ class TestNats(BusConformance):
     test_a_publish_in_flight_fails_as_soon_as_the_broker_dies = None  # type: ignore[assignment]
     test_who_tries_again_at_once_does_not_keep_the_end_of_the_connection_from_being_noticed = None  # type: ignore[assignment]
     test_a_publish_without_an_answer_ends_with_its_timeout = None  # type: ignore[assignment]
+
+    async def test_a_message_whose_handler_never_returned_comes_again(self, harness: BusHarness) -> None:
+        """As the suite's, but for the message before: NATS may lose an acknowledgement that came right before the end of a connection."""
+        begun, second = asyncio.Event(), Collector()
+
+        async def receive(delivery: Delivery) -> None:
+            if delivery.payload == b"2":
+                begun.set()
+                await asyncio.Event().wait()
+
+        sender, worker = await harness.bus(), {"filters": ["open/work"], "clean": False}
+        async with running(sender):
+            async with running(await harness.bus("worker", **worker), receive) as task:  # type: ignore[arg-type]
+                for payload in (b"1", b"2", b"3"):
+                    await sender.publish("open/work", payload)
+                await asyncio.wait_for(begun.wait(), PATIENCE_S)
+                task.cancel()
+                await asyncio.wait({task})
+            async with running(await harness.bus("worker", **worker), second.receive):  # type: ignore[arg-type]
+                await second.until(lambda found: {b"2", b"3"} <= {each.payload for each in found})
 
 
 def bus_of(

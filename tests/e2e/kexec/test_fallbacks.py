@@ -15,9 +15,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from caesura_testing.kexec_fleet import FleetHost
-from caesura_testing.kexec_host import CONSOLE, running
-from caesura_testing.kexec_image import Image, NoImage, build, missing
+from caesura_nested_host.fleet_host import FleetHost
+from caesura_nested_host.image import Image, NoImage, build, missing
+from caesura_nested_host.machine import CONSOLE, running
+from caesura_testing.nested_guests import assert_continued
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 _PATIENCE_S = 600.0
@@ -77,7 +78,7 @@ async def refused(stage: Any, host: FleetHost) -> None:
     state, report = await rolled(stage, "kernel-new")
     assert (state.status, report.status) == ("halted", "failed")
     assert await asyncio.to_thread(host.machine.run, "cat /proc/sys/kernel/random/boot_id") == boot
-    await asyncio.to_thread(host.assert_guests_continued, begun, "this boot")
+    await asyncio.to_thread(assert_continued, host, begun, "this boot")
 
 
 async def panic(stage: Any, host: FleetHost) -> None:
@@ -88,7 +89,7 @@ async def panic(stage: Any, host: FleetHost) -> None:
     assert any("Kernel panic" in each.text for each in host.machine.lines(CONSOLE, begun))
     assert (state.status, report.status) == ("halted", "failed")
     assert "kernel_unexpected" in report.codes or "kernel_unexpected" in state.codes
-    await asyncio.to_thread(host.assert_guests_continued, begun, f"{host.image.old} after a panic")
+    await asyncio.to_thread(assert_continued, host, begun, f"{host.image.old} after a panic")
 
 
 async def stuck(stage: Any, host: FleetHost) -> None:
@@ -96,7 +97,7 @@ async def stuck(stage: Any, host: FleetHost) -> None:
     begun = time.monotonic()
     rollout = await stage.roll("kernel-stuck", budget_s=30.0, verify_timeout_s=600.0, on_unsynced="proceed")
     broken = await asyncio.to_thread(host.machine.wait_for, CONSOLE, "rig: user space is broken", since=begun)
-    await asyncio.to_thread(host.assert_guests_continued, begun, "a broken user space")
+    await asyncio.to_thread(assert_continued, host, begun, "a broken user space")
     assert broken
     await asyncio.to_thread(host.machine.qmp, "system_reset")
     state = await stage.ended(rollout, timeout_s=2 * _PATIENCE_S)
@@ -120,7 +121,7 @@ async def crash(stage: Any, host: FleetHost) -> None:
     assert (state.status, report.status) == ("halted", "failed")
     assert "kernel_unexpected" in report.codes
     assert all("by the crash kernel" in vm.detail for vm in report.vms)
-    await asyncio.to_thread(host.assert_guests_continued, begun, f"{host.image.old} as the crash kernel")
+    await asyncio.to_thread(assert_continued, host, begun, f"{host.image.old} as the crash kernel")
     # Out of the crash kernel: an ordinary boot, whose guests are others.
     await asyncio.to_thread(
         host.machine.run, f"mv /boot/early-{new} /boot/initrd.img-{new}; sync; cat {conf}"

@@ -17,9 +17,10 @@ from urllib.parse import urlsplit
 import pytest
 
 from caesura.contract import messages as m
-from caesura_testing.kexec_fleet import FleetHost
-from caesura_testing.kexec_host import running
-from caesura_testing.kexec_image import Image, NoImage, build, missing
+from caesura_nested_host.fleet_host import FleetHost
+from caesura_nested_host.image import Image, NoImage, build, missing
+from caesura_nested_host.machine import running
+from caesura_testing.nested_guests import assert_continued
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 
@@ -94,7 +95,7 @@ async def roll(stage: Any, hosts: Sequence[FleetHost], update: str, release: str
                 f"{report.host}: {report.status} {report.codes} {[(vm.vm, vm.pause_s, vm.detail) for vm in report.vms]}"
             )
             assert {vm.state for vm in report.vms} == {"running"}
-            await asyncio.to_thread(host.assert_guests_continued, begun, release)
+            await asyncio.to_thread(assert_continued, host, begun, release)
             if "freeze_failed" in report.codes:
                 assert tries < _TRIES, report.reason
                 continue

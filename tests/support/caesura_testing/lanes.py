@@ -120,7 +120,7 @@ LANES = {
     "kexec": Lane(
         "tests/e2e/kexec: a Debian host in emulation, its kernel replaced under running guests (debootstrap as root, once; minutes)",
         """
-        why=$(python -m caesura_testing.kexec_image --missing) || { echo "SKIPPED: $why"; exit 77; }
+        why=$(python -m caesura_nested_host.image --missing) || { echo "SKIPPED: $why"; exit 77; }
         pytest -q -s tests/e2e/kexec
         """,
         named=True,

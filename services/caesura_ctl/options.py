@@ -61,7 +61,7 @@ def common(command: F) -> F:
     return click.option(
         "--broker",
         metavar="URL",
-        help="mqtt://host:port, mqtts://host:port or unix:///path (also CAESURA_CTL_BROKER_URL).",
+        help="mqtt://host:port, mqtts://host:port or unix:///path; of a cluster mqtts://a:8883,b:8883 (also CAESURA_CTL_BROKER_URL).",
     )(command)
 
 

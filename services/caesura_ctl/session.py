@@ -21,6 +21,7 @@ from caesura.bus.diagnosis import (
     ConnectionLost,
     ConnectionProblem,
     ConnectRefused,
+    NoBrokerReached,
     SubscribeRefused,
     explain,
 )
@@ -236,7 +237,7 @@ async def connect(
     Args:
         kinds: message types to subscribe to; None: all types that an operator may read.
         listener: called with every message as it was sent, including retained ones.
-        connect_s: seconds to wait for the connection.
+        connect_s: seconds to wait for the connection, for each address of the broker.
 
     Raises:
         SettingsError: a file for TLS cannot be used.
@@ -260,7 +261,8 @@ async def connect(
         session.post.listeners.append(listener)
     running = asyncio.create_task(bus.run(session.post.deliver), name="bus")
     try:
-        if not await bus.wait_connected(connect_s):
+        # A node that accepts connections and answers nothing takes the time of one broker.
+        if not await bus.wait_connected(connect_s * len(options.addresses)):
             raise NoBroker(_no_broker(bus))
         yield session
     finally:
@@ -295,7 +297,12 @@ def _check_tls(options: BrokerOptions) -> None:
 
 def _no_broker(bus: MqttBus) -> str:
     """Why there is no connection, and what to do about it."""
-    error, broker = bus.last_failure, f"the broker at {bus.options.url}"
+    error = bus.last_failure
+    addresses = ", ".join(str(each) for each in bus.options.addresses)
+    broker = f"the broker at {addresses}" if len(bus.options.addresses) == 1 else f"any broker of {addresses}"
+    if isinstance(error, NoBrokerReached):
+        refusals = [each for each in error.failures.values() if isinstance(each, ConnectRefused)]
+        error = refusals[0] if len(refusals) == len(error.failures) else error
     if error is None:
         why = ConnectionProblem("no answer", "check the network and the firewall")
     else:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from caesura.bus.messaging import MessageClient
-from caesura.bus.options import parse_address
+from caesura.bus.options import parse_addresses
 from caesura.bus.port import Bus, BusError, Delivery
 from caesura.bus.presence import Presence
 from caesura.contract.codec import Received
@@ -145,7 +145,7 @@ class HostUpdater:
             host.kernel,
             state_dir=Path(settings.state_dir),
             guard_pid=lambda: guard.pid,
-            broker_host=parse_address(settings.broker_url).host,
+            broker_hosts=[each.host for each in parse_addresses(settings.broker_url)],
             changed=self._changed.set,
         )
         self._recovery = CrashRecovery(

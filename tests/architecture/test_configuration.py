@@ -68,6 +68,7 @@ _WRONG = [
         for variable, value, words in (
             ("BROKER_URL", "http://x", _BROKER),
             ("BROKER_URL", "", _BROKER),
+            ("BROKER_URL", "mqtts://a,mqtt://b", "mixes mqtts:// and mqtt://"),
             ("BROKER_CA_FILE", "/ca.pem", "is not TLS"),
             ("HEALTH_LISTEN", "foo", _LISTEN),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import cache
 
 import pytest
 from hypothesis import given
@@ -118,17 +119,23 @@ def test_a_host_of_a_thousand_vms_with_long_names_fits_into_messages() -> None:
     assert all(size_bytes(each) <= MAX_PAYLOAD_BYTES for each in (head, *parts))
 
 
-@given(st.data())
-def test_an_inventory_is_whole_in_any_order_and_always_of_one_moment(data: st.DataObject) -> None:
-    """Two moments, the messages of each in any order and mixed: what comes out is one of the two, never a mixture."""
-    moments = [inventory(900), inventory(900, state="paused", operation="op")]
-    messages = []
-    for each in moments:
+@cache
+def two_moments() -> tuple[list[m.HostInventory], list[list[Received]]]:
+    """The same host twice, and the messages of each moment: hundreds of VMs, made once for all examples."""
+    wholes, messages = [], []
+    for each in (inventory(900), inventory(900, state="paused", operation="op")):
         head, parts = inventory_in_parts(each)
         messages.append([received(part, host="h", part=part.part) for part in parts])
         messages[-1].append(received(head, host="h"))
+        wholes.append(replace(each, part_etags=head.part_etags))
+    return wholes, messages
+
+
+@given(st.data())
+def test_an_inventory_is_whole_in_any_order_and_always_of_one_moment(data: st.DataObject) -> None:
+    """Two moments, the messages of each in any order and mixed: what comes out is one of the two, never a mixture."""
+    wholes, messages = two_moments()
     joiner = Joiner()
-    wholes = [replace(each, part_etags=inventory_in_parts(each)[0].part_etags) for each in moments]
     seen: list[int] = []
     for message in data.draw(st.permutations(messages[0])) + data.draw(st.permutations(messages[1])):
         whole = joiner.take(message)

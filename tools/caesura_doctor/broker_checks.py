@@ -65,13 +65,12 @@ async def check_broker(settings: HostUpdaterSettings, host: HostFile) -> AsyncIt
     clock = _CoordinatorClock()
     running = asyncio.create_task(bus.run(clock.receive), name="bus")
     try:
-        if not await bus.wait_connected(_CONNECT_S):
-            problem = bus.stats.last_error or f"{options.address} does not answer"
+        if not await bus.wait_connected(_CONNECT_S * len(options.addresses)):
+            tried = ", ".join(str(each) for each in options.addresses)
+            problem = bus.stats.last_error or f"{tried}: no answer"
             yield wrong("broker.connection", problem, _hint(bus))
             return
-        yield ok(
-            "broker.connection", f"connected to {options.address}, and subscribed to this host's commands"
-        )
+        yield ok("broker.connection", f"connected to {bus.broker}, and subscribed to this host's commands")
         async for finding in _rights(bus, settings, host):
             yield finding
         yield await _clock(clock)

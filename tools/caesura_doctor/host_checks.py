@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from caesura.bus.options import parse_address
+from caesura.bus.options import parse_addresses
 from caesura.runtime.errors import ConfigError
 from caesura_doctor.service_probes import ask_ready
 from caesura_host.host_files import HostError
@@ -54,7 +54,8 @@ def check_host(
     yield from _guard(settings)
     yield from _updater(settings)
     yield from _time()
-    if parse_address(settings.broker_url).host in _LOOPBACK and host.kernel.kexec:
+    brokers = {each.host for each in parse_addresses(settings.broker_url)}
+    if brokers <= set(_LOOPBACK) and host.kernel.kexec:
         yield wrong(
             "kernel.broker",
             "the broker is on this host, whose kernel may be changed under its VMs",

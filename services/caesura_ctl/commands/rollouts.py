@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from caesura.contract import messages as m
+from caesura.lifecycle.budget import budget_refusal
 from caesura_ctl.blast import again, confirm, everything, limits, limits_from
 from caesura_ctl.completion import complete
 from caesura_ctl.durations import BUDGET, show_duration
@@ -195,10 +196,9 @@ def freeze(
     sets, it is queued behind that one: announced at once with a later NotBefore, and started when that one has ended. It never
     runs beside it.
     """
-    if hold >= options["budget"]:
-        raise click.UsageError(
-            f"--for {show_duration(hold)} leaves nothing of the pause budget of {show_duration(options['budget'])}"
-        )
+    # The planner's rule and the host's: here it costs no question and no answer.
+    if why := budget_refusal(options["budget"], hold):
+        raise click.UsageError(f"--for {show_duration(hold)}: {why}")
     if not plan_only:
         confirm("freeze VMs", options, as_json=as_json)
 

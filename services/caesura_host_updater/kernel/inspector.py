@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class KernelInspector:
         options: the host file's table ``[kernel]``.
         state_dir: the state folder.
         guard_pid: the pause guard's process; 0: there is none.
-        broker_host: where the broker is, as the settings say.
+        broker_hosts: where the broker is, as the settings say: one for each node of a cluster.
         changed: called when what the inventory says of the kernel has changed.
         root: where the host's files are; another one in tests only.
         carve_out_error: why guests' RAM would not stay there; injected by tests only.
@@ -63,7 +63,7 @@ class KernelInspector:
         state_dir: Path,
         *,
         guard_pid: Callable[[], int],
-        broker_host: str,
+        broker_hosts: Sequence[str],
         changed: Callable[[], None],
         root: Path = Path("/"),
         carve_out_error: Callable[[str], str] = carve_out_error,
@@ -72,7 +72,7 @@ class KernelInspector:
         self._options = options
         self._state_dir = state_dir
         self._guard_pid = guard_pid
-        self._broker_host = broker_host
+        self._broker_hosts = tuple(broker_hosts)
         self._changed = changed
         self._root = root
         self.record: HostKernel | None = None
@@ -155,7 +155,8 @@ class KernelInspector:
             state_dir=str(self._state_dir),
             guard_capabilities=_capabilities(proc, self._guard_pid()),
             services=_services(proc),
-            broker_here=self._broker_host if _is_here(self._broker_host) else "",
+            # A cluster of which one node is here has others, while this kernel is replaced.
+            broker_here=self._broker_hosts[0] if all(map(_is_here, self._broker_hosts)) else "",
             foreign_guests=_foreign_guests(proc),
         )
         return facts, read_figures(self._state_dir)

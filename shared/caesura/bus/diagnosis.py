@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import socket
 import ssl
+from collections.abc import Mapping
 
 import msgspec
 
-from caesura.bus.options import BrokerOptions, TlsFilesUnusable
+from caesura.bus.options import Address, BrokerOptions, TlsFilesUnusable
 from caesura.bus.port import BusError
 
 UNSUPPORTED_PROTOCOL = 0x84
@@ -42,6 +43,14 @@ class ConnectTimeout(TimeoutError):
         super().__init__("the broker did not answer CONNECT in time")
 
 
+class NoBrokerReached(BusError):
+    """None of several brokers can be used; ``failures`` has the reason of each by its address."""
+
+    def __init__(self, failures: Mapping[Address, BusError | OSError]) -> None:
+        self.failures = dict(failures)
+        super().__init__(f"none of {len(failures)} brokers can be used")
+
+
 class SubscribeRefused(BusError):
     """The broker refused some of our subscriptions."""
 
@@ -69,6 +78,8 @@ class ConnectionProblem(msgspec.Struct, frozen=True):
 def explain(error: BaseException, options: BrokerOptions) -> ConnectionProblem:
     """Describe the exception of a failed attempt."""
     match error:
+        case NoBrokerReached():
+            return _none_of(error, options)
         case ConnectRefused() | SubscribeRefused() | ConnectionLost():
             return _refusal(error, options)
         case ClosedEarly():
@@ -85,6 +96,18 @@ def explain(error: BaseException, options: BrokerOptions) -> ConnectionProblem:
             return _file(error, options)
         case _:
             return _network(error, options)
+
+
+def _none_of(error: NoBrokerReached, options: BrokerOptions) -> ConnectionProblem:
+    """What happened at each address, and the advice of each, once."""
+    problems = {address: explain(failure, options.at(address)) for address, failure in error.failures.items()}
+    summaries = [
+        each.summary if str(address) in each.summary else f"{address}: {each.summary}"
+        for address, each in problems.items()
+    ]
+    return ConnectionProblem(
+        "; ".join(summaries), "; ".join(dict.fromkeys(each.hint for each in problems.values()))
+    )
 
 
 def _tls(error: ssl.SSLError) -> ConnectionProblem:

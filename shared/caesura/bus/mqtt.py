@@ -20,12 +20,13 @@ from caesura.bus.diagnosis import (
     ConnectionLost,
     ConnectRefused,
     ConnectTimeout,
+    NoBrokerReached,
     SubscribeRefused,
     explain,
 )
 from caesura.bus.filters import check_topic
 from caesura.bus.mqtt_connection import IncomingMessage, MqttConnection, Protocol
-from caesura.bus.options import BrokerOptions
+from caesura.bus.options import Address, BrokerOptions
 from caesura.bus.port import BusError, BusUnavailable, Delivery, PublishRefused, Will
 from caesura.bus.rates import Rates
 from caesura.runtime.logs import get_logger
@@ -33,11 +34,16 @@ from caesura.runtime.logs import get_logger
 _log = get_logger("caesura.bus")
 
 _FILTERS_AT_ONCE = 1_000  # a packet of some 100 KiB
+_SILENCE_S = 10.0
+"""s: after which a node of a cluster that owes an answer is given up. An election of a new leader takes less."""
 _UNSTABLE = 3  # short-lived connections in a row: then the log says that another client may use our id
 
 
 class MqttBus(ReconnectingBus):
     """A connection to an MQTT broker that is kept alive; see ``caesura.bus.port.Bus`` for the promises.
+
+    Of several addresses the next is tried at once when one fails; after all have failed it waits, as with a single one. Their order
+    follows from the client id, so that the clients of a fleet are spread over the nodes of a cluster, and over what remains of it.
 
     Args:
         options: where and who.
@@ -70,10 +76,19 @@ class MqttBus(ReconnectingBus):
         if not options.client_id:
             options = msgspec.structs.replace(options, client_id=f"caesura-{secrets.token_hex(6)}")
         self.options = options
+        order = list(options.addresses)
+        random.Random(options.client_id).shuffle(order)  # noqa: S311 - spreads load
+        # Where there is nowhere else to go, a silent broker is waited for until the keepalive ends.
+        several = len(order) > 1 and not options.silence_s
+        of_each = msgspec.structs.replace(options, silence_s=_SILENCE_S) if several else options
+        self._brokers = [of_each.at(each) for each in order]
+        self._turn = 0
+        self._failures: dict[Address, BusError | OSError] = {}
+        """The brokers that failed since the last connection, or since all of them had."""
         self._will = will
         self._backoff = Backoff(options.reconnect_min_s, options.reconnect_max_s, uniform)
         self.last_failure: BusError | OSError | None = None
-        """How the last connection, or the last attempt at one, ended; ``explain`` describes it."""
+        """How the last connection, or the last attempts at one, ended; ``explain`` describes it."""
         self._to_unmute = asyncio.Event()
         self._to_subscribe: list[str] = []
         self._to_drop: list[str] = []
@@ -159,8 +174,8 @@ class MqttBus(ReconnectingBus):
             try:
                 link = await self._open()
             except (OSError, BusError) as error:
+                delay_s = self._next_broker(error, self._backoff.next_s)
                 self._report("bus.connect_failed", error)
-                delay_s = self._backoff.next_s()
             else:
                 try:
                     lost: BusError | OSError = await self._serve(link)
@@ -170,8 +185,25 @@ class MqttBus(ReconnectingBus):
                     self._link = None
                     await link.disconnect()
                 delay_s = self._after(lost, held_s=loop.time() - began_s)
-            _log.debug("bus.reconnecting", in_s=round(delay_s, 3))
+            self._turn += 1
+            _log.debug("bus.reconnecting", in_s=round(delay_s, 3), broker=str(self.broker))
             await asyncio.sleep(delay_s)
+
+    @property
+    def broker(self) -> Address:
+        """The broker that is connected, or that is tried now."""
+        return self._at.address
+
+    @property
+    def _at(self) -> BrokerOptions:
+        return self._brokers[self._turn % len(self._brokers)]
+
+    def _next_broker(self, error: BusError | OSError, delay: Callable[[], float]) -> float:
+        """Note that the present broker failed; returns the seconds to wait before the next one, ``delay`` if all have failed."""
+        if len(self._failures) == len(self._brokers):
+            self._failures.clear()
+        self._failures[self.broker] = error
+        return 0.0 if len(self._failures) < len(self._brokers) else delay()
 
     async def _open(self) -> MqttConnection:
         """Connect with the protocol that is configured or was learned; ``auto`` tries 5 first and remembers the result."""
@@ -182,7 +214,7 @@ class MqttBus(ReconnectingBus):
         except (ConnectRefused, ClosedEarly, ConnectTimeout) as error:
             if self.options.protocol != "auto" or spoken != "5" or not self._means_no_mqtt_5(error):
                 raise
-            _log.info("bus.protocol_fallback", broker=str(self.options.address), to="3.1.1", why=str(error))
+            _log.info("bus.protocol_fallback", broker=str(self.broker), to="3.1.1", why=str(error))
             link = self._new_link("3.1.1")
             await link.open()
         self._spoken = link.protocol
@@ -191,12 +223,14 @@ class MqttBus(ReconnectingBus):
     def _means_no_mqtt_5(self, error: ConnectRefused | ClosedEarly | ConnectTimeout) -> bool:
         if isinstance(error, ConnectRefused):
             return error.code == UNSUPPORTED_PROTOCOL
+        if isinstance(error, ConnectTimeout) and len(self._brokers) > 1:
+            return False  # no clustered broker does that: this node hangs, and the next one answers
         # Some brokers just close the connection on version 5, and amqtt misparses it and waits for more when there is a user
         # or a will. A broker that has used version 5 with us before is merely shutting down.
         return self._spoken is None
 
     def _new_link(self, protocol: Protocol) -> MqttConnection:
-        return MqttConnection(self.options, protocol, will=self._will, arrived=self._arrived)
+        return MqttConnection(self._at, protocol, will=self._will, arrived=self._arrived)
 
     async def _serve(self, link: MqttConnection) -> BusError:
         """Subscribe, mark the bus as connected, and wait for the end of the connection."""
@@ -205,9 +239,10 @@ class MqttBus(ReconnectingBus):
         with self._listening(link):
             await self._subscribe(link, self.subscribed())
         async with self._connected():
+            self._failures.clear()
             _log.info(
                 "bus.connected",
-                broker=str(self.options.address),
+                broker=str(self.broker),
                 protocol=link.protocol,
                 client_id=self.options.client_id,
                 session_present=link.session_present,
@@ -270,13 +305,15 @@ class MqttBus(ReconnectingBus):
         if held:
             self._backoff.reset()
         if isinstance(lost, SubscribeRefused):
+            delay_s = self._next_broker(lost, self._backoff.longest_s)
             self._report("bus.subscribe_refused", lost)
-            return self._backoff.longest_s()
+            return delay_s
         if isinstance(lost, ConnectionLost) and lost.code == SESSION_TAKEN_OVER:
             self._report("bus.taken_over", lost)
             return self._backoff.longest_s()
+        self._next_broker(lost, lambda: 0.0)
         self._report("bus.connection_lost", lost)
-        if self._short_lives >= _UNSTABLE:
+        if self._short_lives >= _UNSTABLE * len(self._brokers):
             _log.warning(
                 "bus.connection_unstable",
                 in_a_row=self._short_lives,
@@ -287,12 +324,13 @@ class MqttBus(ReconnectingBus):
         return self._backoff.next_s()
 
     def _report(self, event: str, error: BusError | OSError) -> None:
-        self.last_failure = error
-        problem = explain(error, self.options)
-        self._stats.last_error = problem.summary
+        others = {address: failure for address, failure in self._failures.items() if failure is not error}
+        self.last_failure = NoBrokerReached({**others, self.broker: error}) if others else error
+        self._stats.last_error = explain(self.last_failure, self._at).summary
+        problem = explain(error, self._at)
         _log.warning(
             event,
-            broker=str(self.options.address),
+            broker=str(self.broker),
             client_id=self.options.client_id,
             error=problem.summary,
             advice=problem.hint,

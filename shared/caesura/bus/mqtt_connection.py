@@ -92,6 +92,8 @@ class MqttConnection(aiomqtt.Client):
         self.calls = 0
         """How many of our callers wait for an answer of the broker: while any does, reading must continue."""
         self._acks: dict[int, asyncio.Future[ReasonCode | None]] = {}
+        self._sent_at_s: dict[int, float] = {}
+        """When each publish that waits for its answer was sent, the oldest first, by the loop's clock."""
         self._slots = asyncio.Semaphore(options.max_in_flight)
         self._end_reason: ReasonCode | None = None
         five = protocol == "5"
@@ -259,6 +261,8 @@ class MqttConnection(aiomqtt.Client):
         # The broker's answer frees the slot, not our return to the caller.
         answer: asyncio.Future[ReasonCode | None] = self._loop.create_future()
         self._acks[info.mid] = answer
+        if self._options.silence_s:
+            self._sent_at_s[info.mid] = self._loop.time()
         timer = self._loop.call_at(deadline, _too_late, answer)
         try:
             code = await answer
@@ -365,6 +369,7 @@ class MqttConnection(aiomqtt.Client):
         self, client: paho.Client, userdata: Any, mid: int, reason_code: ReasonCode, properties: Properties
     ) -> None:
         answer = self._acks.pop(mid, None)
+        self._sent_at_s.pop(mid, None)
         if answer is None:
             return
         self._slots.release()
@@ -435,7 +440,21 @@ class MqttConnection(aiomqtt.Client):
                 self._client._ping_t = 0.0  # noqa: SLF001
             if self._client.loop_misc() != paho.MQTT_ERR_SUCCESS:
                 return
+            if self._silent():
+                self._disconnected.set_exception(
+                    BusUnavailable(
+                        f"no answer to a publish, and nothing else, for {self._options.silence_s:g} s"
+                    )
+                )
+                return
             await asyncio.sleep(_MISC_S)
+
+    def _silent(self) -> bool:
+        """Whether the broker owes us an answer and has sent nothing for too long: it hangs, while its kernel keeps the connection."""
+        if self._paused or self.ended or not self._sent_at_s:
+            return False
+        oldest_s = next(iter(self._sent_at_s.values()))
+        return self._loop.time() - max(oldest_s, self._read_at_s) >= self._options.silence_s
 
     def _on_end(self, _: asyncio.Future[None]) -> None:
         for answer in list(self._acks.values()):

@@ -49,7 +49,8 @@ class BrokerOptions(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     url: str = "mqtt://127.0.0.1:1883"
-    """``mqtt://host:port`` (1883), ``mqtts://host:port`` (TLS, 8883) or ``unix:///path``."""
+    """``mqtt://host:port`` (1883), ``mqtts://host:port`` (TLS, 8883) or ``unix:///path``; of a cluster the addresses of several
+    nodes, with commas between: ``mqtts://a:8883,b:8883,c:8883``."""
     client_id: str = ""
     """Must be unique at the broker; empty: a random one. A persistent session needs a stable one."""
     username: str = ""
@@ -78,6 +79,9 @@ class BrokerOptions(msgspec.Struct, frozen=True, kw_only=True):
     reconnect_max_s: float = 10.0
     close_timeout_s: float = 5.0
     """How long ``close`` waits for the message that is being handled."""
+    silence_s: float = 0.0
+    """A connection on which the broker has sent nothing for this long, though a publish waits for its answer, is given up; 0: never.
+    For nodes of a cluster: there is another one to go to."""
 
     def __post_init__(self) -> None:
         address = self.address
@@ -101,9 +105,18 @@ class BrokerOptions(msgspec.Struct, frozen=True, kw_only=True):
             )
 
     @property
+    def addresses(self) -> tuple[Address, ...]:
+        """The parsed ``url``: each address once, in its order."""
+        return parse_addresses(self.url)
+
+    @property
     def address(self) -> Address:
-        """The parsed ``url``."""
-        return parse_address(self.url)
+        """The first address of ``url``."""
+        return self.addresses[0]
+
+    def at(self, address: Address) -> BrokerOptions:
+        """The same for one address."""
+        return msgspec.structs.replace(self, url=str(address))
 
     def tls(self) -> ssl.SSLContext | None:
         """The TLS context, or None without TLS. Read from disk each time, so that renewed files are picked up. Blocking.
@@ -151,8 +164,34 @@ def check_broker(settings: ServiceSettings) -> None:
     options_from(settings, client_id="check")
 
 
+def parse_addresses(url: str) -> tuple[Address, ...]:
+    """Parse a broker url with one address, or with those of several nodes of one cluster and commas between.
+
+    A scheme counts for the addresses after it that have none, and is the same for all: a node without TLS would get the password in
+    the clear. The path of a unix socket may contain a comma, so there is only one.
+
+    Raises:
+        BrokerOptionsError: as ``parse_address``, or for two schemes.
+    """
+    if url.startswith("unix:"):
+        return (parse_address(url),)
+    found: dict[Address, None] = {}
+    scheme = ""
+    for each in url.split(","):
+        text = each.strip()
+        own, separator, _ = text.partition("://")
+        address = parse_address(text if separator or not scheme else f"{scheme}://{text}")
+        if scheme and separator and own != scheme:
+            raise BrokerOptionsError(
+                f"{url!r} mixes {scheme}:// and {own}://: all nodes of a cluster are reached in the same way"
+            )
+        scheme = address.scheme
+        found[address] = None
+    return tuple(found)
+
+
 def parse_address(url: str) -> Address:
-    """Parse a broker url.
+    """Parse a broker url with one address.
 
     Raises:
         BrokerOptionsError: an unknown scheme, no host, or a port that is not a number.

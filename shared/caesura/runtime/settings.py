@@ -59,7 +59,10 @@ class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         ),
     ] = "default"
     broker_url: Annotated[
-        str, Meta(description="`mqtt://host:port`, `mqtts://host:port` (TLS) or `unix:///path/to/socket`.")
+        str,
+        Meta(
+            description="`mqtt://host:port`, `mqtts://host:port` (TLS) or `unix:///path/to/socket`; of a cluster the addresses of its nodes: `mqtts://a:8883,b:8883,c:8883`."
+        ),
     ] = "mqtt://127.0.0.1:1883"
     broker_protocol: Annotated[
         Literal["auto", "5", "3.1.1"],

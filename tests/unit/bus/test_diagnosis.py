@@ -10,10 +10,11 @@ from caesura.bus.diagnosis import (
     ConnectionLost,
     ConnectRefused,
     ConnectTimeout,
+    NoBrokerReached,
     SubscribeRefused,
     explain,
 )
-from caesura.bus.options import BrokerOptions
+from caesura.bus.options import BrokerOptions, parse_address
 
 OPTIONS = BrokerOptions(url="mqtt://broker:1883", client_id="host-1", username="updater")
 
@@ -46,3 +47,15 @@ def test_advice(error: BaseException, words: str) -> None:
 
 def test_what_was_refused_is_named() -> None:
     assert "a/#, b" in explain(SubscribeRefused(["a/#", "b"]), OPTIONS).summary
+
+
+def test_of_several_brokers_each_is_named_with_its_reason_and_advice_comes_once() -> None:
+    a, b, c = (parse_address(f"mqtt://{each}") for each in "abc")
+    refused = ConnectionRefusedError()
+    error = NoBrokerReached({a: refused, b: ConnectRefused(diagnosis.SERVER_UNAVAILABLE, "busy"), c: refused})
+    problem = explain(error, OPTIONS)
+    assert problem.summary == (
+        "nothing listens at mqtt://a:1883; mqtt://b:1883: the broker refused the connection: busy; nothing listens at mqtt://c:1883"
+    )
+    assert problem.hint.count("start the broker") == 1
+    assert "not serving" in problem.hint

@@ -4,7 +4,14 @@ from typing import Any
 
 import pytest
 
-from caesura.bus.options import Address, BrokerOptions, BrokerOptionsError, options_from, parse_address
+from caesura.bus.options import (
+    Address,
+    BrokerOptions,
+    BrokerOptionsError,
+    options_from,
+    parse_address,
+    parse_addresses,
+)
 from caesura.runtime.settings import Secret, ServiceSettings
 
 
@@ -39,6 +46,38 @@ def test_addresses(url: str, address: Address) -> None:
 def test_an_address_that_makes_no_sense_is_answered_with_an_example(url: str) -> None:
     with pytest.raises(BrokerOptionsError, match="mqtts://host:8883"):
         BrokerOptions(url=url)
+
+
+@pytest.mark.parametrize(
+    ("url", "addresses"),
+    [
+        ("mqtt://a", ["mqtt://a:1883"]),
+        ("mqtts://a,b:8884, c", ["mqtts://a:8883", "mqtts://b:8884", "mqtts://c:8883"]),
+        ("mqtt://a,mqtt://[::1]:1884,mqtt://a:1883", ["mqtt://a:1883", "mqtt://[::1]:1884"]),
+        ("unix:///run/a,b", ["unix:///run/a,b"]),
+    ],
+)
+def test_the_addresses_of_a_cluster(url: str, addresses: list[str]) -> None:
+    options = BrokerOptions(url=url)
+    assert [str(each) for each in options.addresses] == addresses
+    assert parse_addresses(",".join(addresses)) == options.addresses
+    assert options.at(options.addresses[-1]).address == options.addresses[-1]
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("mqtts://a,mqtt://b", "mixes mqtts:// and mqtt://"),
+        ("mqtt://a,", "not a broker url"),
+        ("mqtt://a,,b", "not a broker url"),
+        ("mqtt://a,unix:///b", "mixes mqtt:// and unix://"),
+        ("mqtt://a,me:hunter2@b", "may not hold a user"),
+    ],
+)
+def test_addresses_that_are_no_cluster(url: str, words: str) -> None:
+    with pytest.raises(BrokerOptionsError, match=words) as error:
+        BrokerOptions(url=url)
+    assert "hunter2" not in str(error.value)
 
 
 def test_a_password_in_the_url_is_refused_without_showing_it() -> None:

@@ -205,6 +205,8 @@ class Fleetwide(RuleBasedStateMachine):
         self.proven: set[str] = set()
         """Operations of which a digest or a canary was shown."""
         self.late: list[m.StartOperation | m.AbortOperation] = []
+        self.folded: list[m.HostInventory | m.HostPresence | m.AgentPresence] = []
+        self.lookup = FleetLookup(FleetState())
         self.asked = 0
         self.disk = Disk(self)
         self.away: Disk | None = None
@@ -216,14 +218,19 @@ class Fleetwide(RuleBasedStateMachine):
 
     @property
     def fleet(self) -> FleetLookup:
-        state = FleetState()
+        """What is on the bus; folded again only when that is something else than last time."""
+        messages: list[m.HostInventory | m.HostPresence | m.AgentPresence] = []
         for host in self.hosts.values():
             if host.shown:
-                apply(state, host.inventory(), 0.0)
-                apply(state, m.HostPresence(host=host.name, online=host.online, instance="i"), 0.0)
-            for vm in host.vms:
-                apply(state, m.AgentPresence(vm=vm, online=True, boot_id="b"), 0.0)
-        return FleetLookup(state)
+                messages.append(host.inventory())
+                messages.append(m.HostPresence(host=host.name, online=host.online, instance="i"))
+            messages += [m.AgentPresence(vm=vm, online=True, boot_id="b") for vm in host.vms]
+        if messages != self.folded:
+            state = FleetState()
+            for message in messages:
+                apply(state, message, 0.0)
+            self.folded, self.lookup = messages, FleetLookup(state)
+        return self.lookup
 
     @property
     def active(self) -> list[Rollout]:

@@ -319,7 +319,8 @@ def test_every_command_has_help_with_examples_and_exit_codes(name: str) -> None:
     [
         (["freeze", "--vm", "w", "--for", "soon"], "is not a duration"),
         (["freeze", "--for", "9s"], "say where to freeze"),
-        (["freeze", "--vm", "w", "--for", "30s"], "leaves nothing of the pause budget"),
+        (["freeze", "--vm", "w", "--for", "30s"], "takes 30 s, a pause budget of 30 s leaves"),
+        (["freeze", "--vm", "w", "--for", "29.99s"], "takes 29.99 s, a pause budget of 30 s leaves"),
         (["roll"], "Missing argument 'UPDATE'"),
         (["tail", "--type", "caesura.nothing.v1"], "is none of"),
         (["demo", "--budget", "31s"], "at most 30s"),

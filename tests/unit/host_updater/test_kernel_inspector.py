@@ -185,7 +185,7 @@ def readiness(root: Path, tmp_path: Path) -> Callable[..., KernelInspector]:
     def make(**changes: object) -> KernelInspector:
         values: dict[str, object] = {
             "guard_pid": lambda: 7,
-            "broker_host": "192.0.2.1",
+            "broker_hosts": ["192.0.2.1"],
             "changed": lambda: None,
             "root": root,
             "carve_out_error": lambda _: "",
@@ -213,7 +213,7 @@ async def test_programs_of_the_fleet_on_the_host_are_seen(
     readiness: Callable[..., KernelInspector], root: Path
 ) -> None:
     (root / "proc/8/cmdline").write_bytes(b"/usr/bin/python3\0/opt/caesura/bin/caesura-metrics-exporter\0")
-    one = readiness(guard_pid=lambda: 0, broker_host="127.0.0.1")
+    one = readiness(guard_pid=lambda: 0, broker_hosts=["127.0.0.1"])
     await one.look()
     assert one.record is not None
     guard, programs = one.record.problems
@@ -242,7 +242,7 @@ async def test_guests_that_are_not_ours_are_seen(
 
 
 async def test_a_broker_on_the_host_itself_is_seen(readiness: Callable[..., KernelInspector]) -> None:
-    one = readiness(broker_host="127.0.0.1")
+    one = readiness(broker_hosts=["127.0.0.1"])
     await one.look()
     assert one.record is not None
     assert [each.split(":")[0] for each in one.record.problems] == [
@@ -263,8 +263,17 @@ async def test_a_host_whose_files_cannot_be_read_is_not_ready(
 
 async def test_without_the_operators_word_nothing_is_said_or_started(tmp_path: Path) -> None:
     one = KernelInspector(
-        KernelOptions(), tmp_path, guard_pid=lambda: 7, broker_host="", changed=lambda: None
+        KernelOptions(), tmp_path, guard_pid=lambda: 7, broker_hosts=[""], changed=lambda: None
     )
     await one.look()
     assert one.record is None
     assert "kexec = true" in await one.error(NEW, 30.0)
+
+
+async def test_a_cluster_with_one_node_on_the_host_has_others(
+    readiness: Callable[..., KernelInspector],
+) -> None:
+    one = readiness(broker_hosts=["127.0.0.1", "192.0.2.1"])
+    await one.look()
+    assert one.record is not None
+    assert one.record.problems == ()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from caesura_nested_host.machine import Line
+from caesura_nested_host.machine import SerialLine
 
 MEMORY = r"memory \d+ bad=\d+"
 """The line in which a guest says whether its memory is what it was."""
@@ -57,7 +57,7 @@ class GuestPause:
         return self.after.up_s - self.before.up_s
 
 
-def beats(lines: Sequence[Line]) -> list[Beat]:
+def beats(lines: Sequence[SerialLine]) -> list[Beat]:
     """The beats among a guest's lines, in their order."""
     found = (re.search(r"\bbeat (\d+) ([\d.]+) ([0-9a-f-]{8,36})$", each.text) for each in lines)
     return [
@@ -72,7 +72,7 @@ def longest_silence(found: Sequence[Beat]) -> tuple[Beat, Beat]:
     return max(pairwise(found), key=lambda pair: pair[1].at - pair[0].at)
 
 
-def guest_pause(lines: Sequence[Line], since: float, memory: str) -> GuestPause:
+def guest_pause(lines: Sequence[SerialLine], since: float, memory: str) -> GuestPause:
     """Whether a guest had one pause, beats again, without a gap in its numbers, in the same boot, with its memory as it was.
 
     Args:

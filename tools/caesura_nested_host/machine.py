@@ -47,7 +47,7 @@ class CommandFailed(CaesuraError):
 
 
 @dataclass(frozen=True)
-class Line:
+class SerialLine:
     """One line of a serial line. ``at``: seconds, CLOCK_MONOTONIC of this machine."""
 
     at: float
@@ -79,7 +79,7 @@ class NestedHost:
         self._folder = folder
         self._memory_mib = memory_mib
         self._environ = dict(environ or {})
-        self._lines: list[list[Line]] = [[], [], [], []]
+        self._lines: list[list[SerialLine]] = [[], [], [], []]
         self._changed = threading.Condition()
         self._number = 0
         self._commands = threading.Lock()
@@ -187,7 +187,7 @@ class NestedHost:
                     log.write(f"{at:.3f} ".encode() + text.rstrip(b"\r") + b"\n")
                 with self._changed:
                     self._lines[line] += [
-                        Line(at, text.rstrip(b"\r").decode(errors="replace")) for text in whole
+                        SerialLine(at, text.rstrip(b"\r").decode(errors="replace")) for text in whole
                     ]
                     if not data:
                         self._sockets = []
@@ -196,14 +196,14 @@ class NestedHost:
                     connection.close()
                     return
 
-    def lines(self, line: int, since: float = 0.0) -> list[Line]:
+    def lines(self, line: int, since: float = 0.0) -> list[SerialLine]:
         """What came out of a serial line at or after an instant."""
         with self._changed:
             return [each for each in self._lines[line] if each.at >= since]
 
     def wait_for(
         self, line: int, pattern: str, *, since: float = 0.0, patience_s: float = PATIENCE_S
-    ) -> Line:
+    ) -> SerialLine:
         """The first line at or after an instant that the pattern is found in.
 
         Raises:

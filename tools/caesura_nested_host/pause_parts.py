@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from caesura_nested_host.machine import Line
+from caesura_nested_host.machine import SerialLine
 
 _MARKS = (
     ("kernel", r"\] Linux version "),
@@ -16,7 +16,7 @@ _MARKS = (
 """A part, and the line of the console with which it begins."""
 
 
-def pause_parts(console: Sequence[Line], stopped: float, resumed: float) -> dict[str, float]:
+def pause_parts(console: Sequence[SerialLine], stopped: float, resumed: float) -> dict[str, float]:
     """Seconds of each part of a pause, in order, from what a host's console said and when. Pure.
 
     Args:

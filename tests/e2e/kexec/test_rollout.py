@@ -40,22 +40,20 @@ def image() -> Image:
         pytest.fail(str(error))
 
 
-async def test_two_hosts_go_to_the_new_kernel_and_back(
+async def test_two_hosts_go_to_the_new_kernel_and_one_of_them_back(
     stages: Callable[..., Any], image: Image, tmp_path: Path
 ) -> None:
     stage = await stages(up=False)
     port = urlsplit(stage.sandbox.broker.url).port
-    hosts = [
-        FleetHost(f"host-{number}", image, tmp_path / str(number), domain=number)
-        for number in range(1, int(os.environ.get("N", "2")) + 1)
-    ]
+    hosts = [FleetHost(f"host-{number}", image, tmp_path / str(number), domain=number) for number in (1, 2)]
     with running(*(each.machine for each in hosts)):
         await stage.sandbox.start("coordinator")
         try:
             await asyncio.gather(*(asyncio.to_thread(each.prepare, port) for each in hosts))
             await until_ready(stage, hosts)
             await roll(stage, hosts, "kernel-new", image.new)
-            await roll(stage, hosts, "kernel-old", image.old)
+            # Back is a rollout like any other.
+            await roll(stage, hosts[:1], "kernel-old", image.old)
         except BaseException:
             for host in hosts:
                 print(f"\n== {host.name}\n{await asyncio.to_thread(host.journal)}")

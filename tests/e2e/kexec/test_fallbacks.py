@@ -1,6 +1,7 @@
 """What happens when the new kernel does not do what it should: the whole chain of fallbacks, on one host.
 
 Each case is an update whose kernel gets some words more on its command line. The order matters: what ends the guests comes last.
+``CAESURA_TEST_KEXEC_CASES="refused late"`` runs these alone.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ async def test_each_fallback(stages: Callable[..., Any], image: Image, tmp_path:
             await asyncio.to_thread(host.prepare, port)
             await until_ready(stage, host)
             wanted = os.environ.get("CAESURA_TEST_KEXEC_CASES", "refused panic stuck crash without").split()
-            for case in (refused, panic, stuck, crash, without):
+            for case in (refused, panic, stuck, crash, late, without):
                 if case.__name__ in wanted:
                     begun = time.monotonic()
                     await case(stage, host)
@@ -131,21 +132,38 @@ async def reset_when_broken(host: FleetHost, begun: float) -> None:
 
 async def crash(stage: Any, host: FleetHost) -> None:
     """The new kernel crashes before its user space resumed the guests: its crash kernel, which is the old one, resumes them."""
-    new, conf = host.image.new, "/etc/caesura/initramfs.conf"
-    await asyncio.to_thread(
-        host.machine.run,
-        f"cp /boot/initrd.img-{new} /boot/early-{new}; cp /boot/late-{new} /boot/initrd.img-{new}; sync",
-    )
+    await use_late_initramfs(host)
     begun = time.monotonic()
     state, report = await rolled(stage, host, "kernel-crash")
     assert (state.status, report.status) == ("halted", "failed")
     assert "kernel_unexpected" in report.codes
     assert all("by the crash kernel" in vm.detail for vm in report.vms)
     await asyncio.to_thread(assert_continued, host, begun, f"{host.image.old} as the crash kernel")
-    # Out of the crash kernel: an ordinary boot, whose guests are others.
-    await asyncio.to_thread(
-        host.machine.run, f"mv /boot/early-{new} /boot/initrd.img-{new}; sync; cat {conf}"
-    )
+    await reset(stage, host)
+
+
+async def late(stage: Any, host: FleetHost) -> None:
+    """The initramfs leaves the guests to the unit before sysinit.target; no fallback, but the other place of the arrival."""
+    await use_late_initramfs(host)
+    begun = time.monotonic()
+    _, report = await rolled(stage, host, "kernel-new")
+    assert report.status == "completed" or report.codes == ("pause_over_budget",), report
+    assert all("by the unit" in vm.detail for vm in report.vms), report
+    await asyncio.to_thread(assert_continued, host, begun, f"{host.image.new}, by the unit")
+    await reset(stage, host)
+
+
+async def use_late_initramfs(host: FleetHost) -> None:
+    """The new kernel's initramfs resumes no guest; see ``caesura_nested_host.image``."""
+    new = host.image.new
+    script = f"cp /boot/initrd.img-{new} /boot/early-{new}; cp /boot/late-{new} /boot/initrd.img-{new}; sync"
+    await asyncio.to_thread(host.machine.run, script)
+
+
+async def reset(stage: Any, host: FleetHost) -> None:
+    """Out of the present kernel into an ordinary boot of the old one, whose guests are others; the initramfs is the usual one."""
+    new = host.image.new
+    await asyncio.to_thread(host.machine.run, f"mv /boot/early-{new} /boot/initrd.img-{new}; sync")
     since = time.monotonic()
     await asyncio.to_thread(host.machine.qmp, "system_reset")
     await asyncio.to_thread(lambda: host.machine.wait_shell(since=since))

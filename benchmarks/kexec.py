@@ -44,6 +44,7 @@ async def run(image: Image) -> dict[str, object]:
                 with running(host.machine):
                     await sandbox.start("coordinator")
                     await asyncio.to_thread(host.prepare, urlsplit(broker.url).port or 1883)
+                    await asyncio.to_thread(host.start_updater)
                     await sandbox.until(
                         lambda: host.ready(session.fleet_view), _PATIENCE_S, "host and guests"
                     )

@@ -144,6 +144,7 @@ class KernelDemo:
         )
         await waiting
         self._say("host: prepared for method kexec; its guests start")
+        await asyncio.to_thread(host.start_updater)
         await self._until(
             session,
             processes,

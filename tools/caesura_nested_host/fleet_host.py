@@ -16,6 +16,7 @@ from caesura_nested_host.guests import MEMORY, GuestPause, guest_pause
 from caesura_nested_host.image import CARVE_OUT, Image
 from caesura_nested_host.machine import FIRST, SECOND, CommandFailed, HostEnded, NestedHost
 
+_FIGURES = "/var/lib/caesura/host-updater/kexec-figures.json"
 _GUESTS = {"a": FIRST, "b": SECOND}
 _LINES = {FIRST: "/dev/ttyS2", SECOND: "/dev/ttyS3"}
 
@@ -90,8 +91,8 @@ class FleetHost:
         ]
         return msgspec.json.encode(figures).decode()
 
-    def prepare(self, broker_port: int, *, figure_s: float = 5.0) -> None:
-        """As an operator does: prepare-kexec, the files in /etc/caesura, an update for each kernel; then the updater is started."""
+    def prepare(self, broker_port: int) -> None:
+        """As an operator does: prepare-kexec, the files in /etc/caesura, an update for each kernel. No guest runs yet. Blocking."""
         machine = self.machine
         machine.wait_shell()
         settings = {
@@ -107,7 +108,6 @@ class FleetHost:
                 f"CAESURA_HOST_UPDATER_{key}={value}" for key, value in settings.items()
             ),
             "/etc/caesura/host-updater.password": "x",
-            "/var/lib/caesura/host-updater/kexec-figures.json": self._figures(figure_s),
             **{
                 f"/etc/caesura/updates.d/{name}.toml": tomli_w.dumps(
                     {
@@ -131,11 +131,37 @@ class FleetHost:
         script = ["set -e", "caesura host prepare-kexec --apply"]
         for path, text in files.items():
             script.append(f"mkdir -p $(dirname {path}); cat >{path} <<'END-OF-FILE'\n{text}\nEND-OF-FILE")
-        script.append("chown caesura-host: /var/lib/caesura/host-updater/*.json")
-        script.append(
-            "systemctl enable --quiet caesura-host-updater; systemctl start --no-block caesura-host-updater"
-        )
         machine.run("\n".join(script))
+
+    def start_updater(self, *, figure_s: float | None = 5.0) -> None:
+        """Start the host updater, now and at each boot, and with it the guests. Blocking.
+
+        Args:
+            figure_s: how long changes of the kernel are said to take, in seconds, since nothing that is emulated fits a budget surely;
+                None: what was measured.
+        """
+        script = ["set -e"]
+        if figure_s is not None:
+            script.append(f"cat >{_FIGURES} <<'END-OF-FILE'\n{self._figures(figure_s)}\nEND-OF-FILE")
+            script.append(f"chown caesura-host: {_FIGURES}")
+        script.append("systemctl enable --quiet caesura-host-updater")
+        script.append("systemctl restart --no-block caesura-host-updater")
+        self.machine.run("\n".join(script))
+
+    def rehearse(self) -> KernelFigure:
+        """Measure the change to the new kernel by ``caesura host rehearse-kexec``; the host runs that kernel then. Blocking.
+
+        Raises:
+            CommandFailed, HostEnded, TimeoutError: it did not come back with a figure.
+        """
+        self.machine.run("systemctl stop caesura-host-updater; ! pgrep qemu-system")
+        since = self.machine.begin(f"caesura host rehearse-kexec {self.image.new} --yes --watchdog 0")
+        self.machine.wait_shell(since=since)
+        self.start_updater(figure_s=None)
+        figures = (
+            'until found=$(caesura host kernel-figures --json 2>/dev/null); do sleep 1; done; echo "$found"'
+        )
+        return msgspec.convert(self.machine.json(figures), list[KernelFigure])[0]
 
     def ready(self, fleet_view: FleetView) -> bool:
         """Whether another kernel can be started under its guests, as far as the fleet sees."""
@@ -147,7 +173,7 @@ class FleetHost:
             or found.kernel is None
         ):
             return False
-        well = not found.kernel.problems and len(found.kernel.figures) > 1
+        well = not found.kernel.problems and len(found.kernel.figures) > 0
         return well and all(vm.state == "running" and "kexec" in vm.methods for vm in found.vms)
 
     def journal(self) -> str:

@@ -107,9 +107,6 @@ class NestedHost:
         words = f"{_BOOT} {f'memmap={CARVE_OUT}' if carve_out else ''} {more}"
         command = [
             *(
-                "nice",
-                "-n",
-                "5",
                 "qemu-system-x86_64",
                 "-name",
                 self.name,

@@ -44,8 +44,13 @@ async def test_each_fallback(stages: Callable[..., Any], image: Image, tmp_path:
         await stage.sandbox.start("coordinator")
         try:
             await asyncio.to_thread(host.prepare, port)
+            wanted = os.environ.get(
+                "CAESURA_TEST_KEXEC_CASES", "rehearsed refused panic stuck crash without"
+            ).split()
+            if "rehearsed" in wanted:
+                await rehearsed(host)
+            await asyncio.to_thread(host.start_updater)
             await until_ready(stage, host)
-            wanted = os.environ.get("CAESURA_TEST_KEXEC_CASES", "refused panic stuck crash without").split()
             for case in (refused, panic, stuck, crash, late, without):
                 if case.__name__ in wanted:
                     begun = time.monotonic()
@@ -88,6 +93,17 @@ async def ended(stage: Any, rollout: str, update: str) -> tuple[Any, Any]:
     (report,) = await stage.reports(rollout)
     print(f"\n{update}: {state.status} {state.codes}: {state.reason}\n{report}")
     return state, report
+
+
+async def rehearsed(host: FleetHost) -> None:
+    """The jump of ``caesura host rehearse-kexec``, without guests: it is measured, and is what a plan asks for."""
+    found = await asyncio.to_thread(host.rehearse)
+    print(f"\nrehearsed: {found}")
+    assert (found.former, found.to, found.rehearsal) == (host.image.old, host.image.new, True)
+    assert 0 < found.seconds < _PATIENCE_S
+    since = time.monotonic()
+    await asyncio.to_thread(host.machine.qmp, "system_reset")
+    await asyncio.to_thread(lambda: host.machine.wait_shell(since=since))
 
 
 async def refused(stage: Any, host: FleetHost) -> None:

@@ -50,6 +50,7 @@ async def test_two_hosts_go_to_the_new_kernel_and_one_of_them_back(
         await stage.sandbox.start("coordinator")
         try:
             await asyncio.gather(*(asyncio.to_thread(each.prepare, port) for each in hosts))
+            await asyncio.gather(*(asyncio.to_thread(each.start_updater) for each in hosts))
             await until_ready(stage, hosts)
             await roll(stage, hosts, "kernel-new", image.new)
             # Back is a rollout like any other.

@@ -38,6 +38,10 @@ _TRANSLATED_MIB = 64
 page in which the former one had code, the emulator first has to find and drop what was translated of it."""
 
 
+# One thread for both processors: QEMU before 8.1 may translate code on one of them while the other patches it, and a kernel that
+# patches itself (static keys) then takes the same breakpoint for ever. It hung about one boot in fifteen.
+
+
 class HostEnded(CaesuraError):
     """The emulator is gone."""
 
@@ -121,7 +125,7 @@ class NestedHost:
                 "-cpu",
                 "max",
                 "-accel",
-                f"tcg,thread=multi,tb-size={_TRANSLATED_MIB}",
+                f"tcg,thread=single,tb-size={_TRANSLATED_MIB}",
                 "-smp",
                 "2",
                 "-m",

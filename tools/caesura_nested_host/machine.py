@@ -38,8 +38,8 @@ _TRANSLATED_MIB = 64
 page in which the former one had code, the emulator first has to find and drop what was translated of it."""
 
 
-# One thread for both processors: QEMU before 8.1 may translate code on one of them while the other patches it, and a kernel that
-# patches itself (static keys) then takes the same breakpoint for ever. It hung about one boot in fifteen.
+# One thread for both processors: QEMU 7.2 may translate code on one of them while the other patches it, and a kernel that
+# patches itself (static keys) then takes the same breakpoint without end. Seen twice in some twenty boots.
 
 
 class HostEnded(CaesuraError):

@@ -22,6 +22,7 @@ import time
 from collections.abc import Coroutine, Generator, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import structlog
@@ -34,11 +35,15 @@ from caesura.contract.codec import Received
 from caesura.contract.topics import channel_of
 from caesura.lifecycle.command_compatibility import COMMANDS
 from caesura_coordinator.service import Coordinator, subscriptions
-from caesura_coordinator.store import CoordinatorStore
+from caesura_coordinator.shared_store import SharedStore, working_copy
+from caesura_coordinator.store import MIGRATIONS, CoordinatorStore
+from caesura_testing.postgresql import PostgresServer
 
 _PER_HOST = 10
 _RATIO_MOST = 1.5
 _VERDICT_MOST_MS = 100.0
+_STORES_MOST = 2.0
+_STEP_MOST_MS = 50.0
 _PATIENCE_S = 900.0
 _UPDATE = m.UpdateRecord(
     update="bench", version="1", impact="pause", scope="host", expected_s=2.0, timeout_s=9.0
@@ -243,10 +248,22 @@ class Host:
 class World:
     """The fleet on one broker, and one rollout over all of it."""
 
-    def __init__(self, vms: int, sets: int, domains: int, hosts: int, folder: Path, *, patient: bool) -> None:
+    def __init__(
+        self,
+        vms: int,
+        sets: int,
+        domains: int,
+        hosts: int,
+        folder: Path,
+        *,
+        patient: bool,
+        store_url: str = "",
+    ) -> None:
         layout = Storms(vms, sets, domains, hosts)
         self.vms = vms
         self.folder = folder
+        self.store_url = store_url
+        """Of a PostgreSQL; empty: SQLite in the folder."""
         self.broker = MemoryBroker()
         self.patient = patient
         """Whether the last host of a wave reports only when the coordinator has taken in all that the others said."""
@@ -352,12 +369,12 @@ class World:
             await host.report_in()
             for each in host.records:
                 await self.post.send(m.AgentPresence(vm=each.vm, online=True, boot_id="b"), vm=each.vm)
-        store = CoordinatorStore(str(self.folder / "coordinator.sqlite"))
+        store, shared = self._store()
         bus = MemoryBus(self.broker, client_id="c", filters=subscriptions(), clean=False)
         loop = asyncio.get_running_loop()
         loop.set_task_factory(timed_tasks)
         token = _of_coordinator.set(self.steps)
-        made = self.coordinator = Coordinator(bus, store, instance="c", settle_s=0.2)
+        made = self.coordinator = Coordinator(bus, store, instance="c", settle_s=0.2, shared=shared)
         tasks += [asyncio.ensure_future(start()) for start in made.tasks().values()]
         _of_coordinator.reset(token)
         began_s = time.process_time()
@@ -405,6 +422,16 @@ class World:
             "verdict_ms": max(self.verdicts_s) * 1000,
         }
 
+    def _store(self) -> tuple[CoordinatorStore, SharedStore | None]:
+        if not self.store_url:
+            return CoordinatorStore(str(self.folder / "coordinator.sqlite")), None
+        from caesura.runtime.postgresql import PostgresOptions, PostgresRows  # noqa: PLC0415 - an extra
+
+        store, copy = working_copy()
+        options = PostgresOptions(url=self.store_url, fleet="default", name="c", lease_s=60.0)
+        rows = lambda: PostgresRows(options, copy.columns, len(MIGRATIONS))  # noqa: E731
+        return store, SharedStore(store, copy, rows, name="c", lease_s=60.0)
+
     async def _until_acknowledged(self, made: Coordinator) -> None:
         async with asyncio.timeout(_PATIENCE_S):
             while not made.is_leader or made.bus.stats.backlog or made.waiting():  # noqa: ASYNC110
@@ -416,13 +443,26 @@ class World:
 
 
 def measure(
-    vms: int, sets: int, domains: int, hosts: int, *, patient: bool, profile: bool = False
+    vms: int,
+    sets: int,
+    domains: int,
+    hosts: int,
+    *,
+    patient: bool,
+    profile: bool = False,
+    postgresql: bool = False,
 ) -> dict[str, float]:
     """One fleet and one rollout, in a store of its own."""
     recorded = cProfile.Profile() if profile else None
     with tempfile.TemporaryDirectory(prefix="caesura-bench-") as folder:
 
         async def run() -> dict[str, float]:
+            if postgresql:
+                async with PostgresServer() as server:
+                    world = World(
+                        vms, sets, domains, hosts, Path(folder), patient=patient, store_url=server.url
+                    )
+                    return await world.run(recorded)
             world = World(vms, sets, domains, hosts, Path(folder), patient=patient)
             return await world.run(recorded)
 
@@ -433,18 +473,42 @@ def measure(
     return {name: round(value, 4) for name, value in figures.items()}
 
 
+def compare_stores(wave: int, per_set: int, rounds: int) -> dict[str, Any]:
+    """One wave of so many VMs, its coordinator's store in SQLite and in PostgreSQL by turns; the medians."""
+    found: dict[str, list[dict[str, float]]] = {"sqlite": [], "postgresql": []}
+    hosts = -(-wave // _PER_HOST)
+    for _ in range(rounds):
+        for name, runs in found.items():
+            runs.append(
+                measure(
+                    wave, max(1, wave // per_set), 1, hosts, patient=False, postgresql=name == "postgresql"
+                )
+            )
+    told: dict[str, Any] = {
+        name: {figure: median(run[figure] for run in runs) for figure in runs[0]}
+        for name, runs in found.items()
+    }
+    one, two = told["postgresql"], told["sqlite"]
+    told["rollout_ratio"] = round(one["rollout_s"] / two["rollout_s"], 3)
+    told["cpu_ratio"] = round(one["cpu_s"] / two["cpu_s"], 3)
+    told["longest_step_cpu_ms"] = one["longest_step_cpu_ms"]
+    return told
+
+
 def _arguments(words: Iterable[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""targets:
   processor time of a VM of a rollout at most 1.5 times that of the smallest fleet; at most 100 ms from the last report of a
-  wave of 1,000 VMs, everything before it taken in, to its verdict on the bus
+  wave of 1,000 VMs, everything before it taken in, to its verdict on the bus; --stores: a wave takes at most twice as long with PostgreSQL, and the
+  coordinator holds its event loop for at most 50 ms of processor time
 
 examples:
   python benchmarks/fleet.py
   python benchmarks/fleet.py --vms 500 --vms 2000 --json
   python benchmarks/fleet.py --vms 2000 --no-verdict --profile
+  python benchmarks/fleet.py --stores 5
 
 exit codes: 0 all targets were met, 1 one was missed, 2 bad usage""",
     )
@@ -459,6 +523,13 @@ exit codes: 0 all targets were met, 1 one was missed, 2 bad usage""",
     parser.add_argument(
         "--wave", type=int, default=1000, help="VMs of the waves whose verdict is timed (%(default)s)"
     )
+    parser.add_argument(
+        "--stores",
+        type=int,
+        metavar="ROUNDS",
+        default=0,
+        help="instead: one wave with the store in SQLite and in PostgreSQL by turns, so often each",
+    )
     parser.add_argument("--no-verdict", action="store_true", help="do not time the verdict")
     parser.add_argument(
         "--profile", action="store_true", help="print where the time goes; times are larger then"
@@ -472,6 +543,8 @@ def main() -> int:
     options = _arguments()
     logging.disable(logging.WARNING)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    if options.stores:
+        return _stores(options)
     fleets = []
     for vms in options.vms or [500, 2000, 10_000]:
         hosts = -(-vms // options.domains // _PER_HOST) * options.domains
@@ -504,6 +577,24 @@ def main() -> int:
                 f"longest step of the coordinator there {told['verdict']['longest_step_ms']:.0f} ms"
             )
     return int(missed)
+
+
+def _stores(options: argparse.Namespace) -> int:
+    told = compare_stores(options.wave, options.per_set, options.stores)
+    if options.json:
+        print(json.dumps(told, indent=2))
+    else:
+        for name in ("sqlite", "postgresql"):
+            each = told[name]
+            print(
+                f"{name:>10}: rollout {each['rollout_s']:.2f} s, processor time {each['cpu_s']:.2f} s, longest step {each['longest_step_ms']:.0f} ms "
+                f"({each['longest_step_cpu_ms']:.0f} ms of processor time)"
+            )
+        print(
+            f"a wave of {options.wave} VMs, PostgreSQL against SQLite: {told['rollout_ratio']:.2f} x as long (at most {_STORES_MOST}), "
+            f"{told['cpu_ratio']:.2f} x the processor time; longest step {told['longest_step_cpu_ms']:.0f} ms of processor time (at most {_STEP_MOST_MS:.0f})"
+        )
+    return int(told["rollout_ratio"] > _STORES_MOST or told["longest_step_cpu_ms"] > _STEP_MOST_MS)
 
 
 def _print(figures: dict[str, float]) -> None:

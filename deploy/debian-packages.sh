@@ -29,6 +29,7 @@ openssl            openssl                                unit integration e2e j
 tar                tar                                    unit integration e2e journeys
 mosquitto          mosquitto                              unit integration e2e journeys clients kexec
 mosquitto-clients  mosquitto_sub                          integration e2e journeys
+postgresql         /usr/lib/postgresql/                    integration e2e journeys
 prometheus         promtool                               unit integration e2e journeys
 curl               curl                                   integration e2e compose journeys clients
 qemu-system-x86    qemu-system-x86_64                     unit integration e2e journeys kexec

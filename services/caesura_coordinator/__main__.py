@@ -12,52 +12,93 @@ with QuietInterrupt():
     from caesura.bus.mqtt import MqttBus
     from caesura.bus.options import check_broker, options_from
     from caesura.bus.rates import Rates
-    from caesura.runtime.command import run_service
+    from caesura.runtime.command import leaves, run_service
     from caesura.runtime.health import serve_health
     from caesura.runtime.listen import check_health_address
     from caesura.runtime.lock import exclusive_lock
+    from caesura.runtime.logs import get_logger
     from caesura.runtime.serve import serve
+    from caesura.runtime.shared_rows import StoreLost
     from caesura_coordinator.authority import Authority
-    from caesura_coordinator.leadership import will
+    from caesura_coordinator.leadership import LeadershipLost, will
     from caesura_coordinator.metrics import CoordinatorCollector
     from caesura_coordinator.service import Coordinator, subscriptions
     from caesura_coordinator.settings import CoordinatorSettings
+    from caesura_coordinator.shared_store import SharedStore, working_copy
     from caesura_coordinator.store import CoordinatorStore
+    from caesura_coordinator.store_options import check_store, is_shared, shared_rows
 
 SUMMARY = "Plans and runs rollouts; one coordinator per fleet. Announces scheduled events, commands hosts, halts on any failure."
+
+
+_log = get_logger("caesura.coordinator")
 
 
 async def run(settings: CoordinatorSettings) -> None:
     """Serve until a signal."""
     with exclusive_lock(settings.state_dir):
-        store = CoordinatorStore(f"{settings.state_dir}/coordinator.sqlite")
-        bus = MqttBus(
-            options_from(settings, client_id=settings.instance, clean=False),
-            filters=subscriptions(),
-            rates=Rates(),
-            will=will(Authority(coordinator=settings.instance, epoch=0), settings.fleet),
+        if is_shared(settings):
+            await _run_shared(settings)
+        else:
+            await _serve(settings, CoordinatorStore(f"{settings.state_dir}/coordinator.sqlite"), None)
+
+
+async def _run_shared(settings: CoordinatorSettings) -> None:
+    """Stand by, lead, and stand by again once another coordinator leads or the store is lost."""
+    while True:
+        store, copy = working_copy()
+        shared = SharedStore(
+            store,
+            copy,
+            shared_rows(settings, copy.columns),
+            name=settings.instance,
+            lease_s=settings.lease_s,
         )
-        coordinator = Coordinator(
-            bus, store, instance=settings.instance, settle_s=settings.settle_s, fleet=settings.fleet
-        )
-        bus.peers = coordinator.known
-        registry = CollectorRegistry()
-        registry.register(CoordinatorCollector(coordinator))
-        pings = {
-            "broker": lambda: "" if bus.stats.connected else bus.stats.last_error or "not connected",
-            "store": coordinator.commits.ping,
-            "outbox": coordinator.publisher.ping,
-        }
         try:
-            async with serve_health(settings.health_listen, pings, registry):
-                await serve(coordinator.tasks(), drain=coordinator.drain)
-        finally:
-            coordinator.commits.close()
+            await _serve(settings, store, shared)
+        except BaseExceptionGroup as group:
+            found = leaves(group)
+            if not all(isinstance(each, StoreLost | LeadershipLost) for each in found):
+                raise
+            for each in dict.fromkeys(map(str, found)):
+                _log.error("coordinator.stands_by", why=each)
+        else:
+            return
+
+
+async def _serve(settings: CoordinatorSettings, store: CoordinatorStore, shared: SharedStore | None) -> None:
+    bus = MqttBus(
+        options_from(settings, client_id=settings.instance, clean=False),
+        filters=subscriptions(),
+        rates=Rates(),
+        will=will(Authority(coordinator=settings.instance, epoch=0), settings.fleet),
+    )
+    coordinator = Coordinator(
+        bus,
+        store,
+        instance=settings.instance,
+        settle_s=settings.settle_s,
+        fleet=settings.fleet,
+        shared=shared,
+    )
+    bus.peers = coordinator.known
+    registry = CollectorRegistry()
+    registry.register(CoordinatorCollector(coordinator))
+    pings = {
+        "broker": lambda: "" if bus.stats.connected else bus.stats.last_error or "not connected",
+        "store": coordinator.commits.ping,
+        "outbox": coordinator.publisher.ping,
+    }
+    try:
+        async with serve_health(settings.health_listen, pings, registry):
+            await serve(coordinator.tasks(), drain=coordinator.drain)
+    finally:
+        coordinator.commits.close()
 
 
 def main() -> None:
     """Entry point of ``caesura-coordinator``."""
-    checks = (check_broker, check_health_address)
+    checks = (check_broker, check_health_address, check_store)
     sys.exit(run_service("coordinator", SUMMARY, CoordinatorSettings, run, checks=checks))
 
 

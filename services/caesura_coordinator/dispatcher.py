@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Iterable
 from datetime import datetime
 
+from caesura.runtime.commits import DurableCommits
 from caesura.runtime.errors import CaesuraError
-from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.logs import get_logger
 from caesura_coordinator.fleet_lookup import FleetLookup
 from caesura_coordinator.inputs import Fact, Input, Tick
@@ -18,6 +19,8 @@ from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.sender import CommandSender
 
 TICK_S = 0.2
+_PENDING_FACTS = 20_000
+"""The newest ones, which a coordinator that does not lead yet keeps: a wave of some thousand VMs."""
 _log = get_logger("caesura.coordinator")
 
 
@@ -41,7 +44,7 @@ class RolloutDispatcher:
         sender: CommandSender,
         relay: OutboxRelay,
         leadership: Leadership,
-        commits: GroupCommit,
+        commits: DurableCommits,
         *,
         fleet_now: Callable[[], FleetLookup],
         now: Callable[[], datetime],
@@ -59,7 +62,7 @@ class RolloutDispatcher:
         self._changed_sets: set[str] = set()
         """Sets that changed since their rollouts were last evaluated."""
         self._commands_due = False
-        self._pending_facts: list[Fact] = []
+        self._pending_facts: deque[Fact] = deque(maxlen=_PENDING_FACTS)
         self._last_errors: dict[str, str] = {}
         """Maps a rollout to why its last decision failed: logged once, not with every message."""
 
@@ -87,7 +90,8 @@ class RolloutDispatcher:
 
     def dispatch_pending(self) -> None:
         """Dispatch the facts that arrived before the epoch was claimed."""
-        facts, self._pending_facts = self._pending_facts, []
+        facts = list(self._pending_facts)
+        self._pending_facts.clear()
         for fact in facts:
             self.dispatch(fact)
 

@@ -16,8 +16,8 @@ from caesura.contract.codec import Received
 from caesura.contract.envelope import source_of
 from caesura.lifecycle.command_compatibility import COMMANDS
 from caesura.lifecycle.epoch import epoch_floor, leaps
+from caesura.runtime.commits import DurableCommits
 from caesura.runtime.errors import CaesuraError
-from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.identity import new_id
 from caesura.runtime.logs import get_logger
 from caesura_coordinator.authority import Authority
@@ -26,6 +26,8 @@ from caesura_coordinator.store import CoordinatorStore
 _ANNOUNCED_KEPT = 10
 _SETTLE_AT_MOST_S = 30.0
 _BACKLOG_POLL_S = 0.2
+_SILENT_S = 70.0
+"""s: three announcements of a leader were missed."""
 _log = get_logger("caesura.coordinator")
 
 
@@ -70,6 +72,7 @@ class Leadership:
         settle_s: how many seconds to wait for the retained messages before the first claim.
         announce_s: seconds between two announcements of an unchanged presence.
         host_epochs: the epochs that hosts obey.
+        holds: whether nothing but the bus can show that another coordinator leads.
     """
 
     def __init__(
@@ -77,12 +80,13 @@ class Leadership:
         bus: Bus,
         post: MessageClient,
         store: CoordinatorStore,
-        commits: GroupCommit,
+        commits: DurableCommits,
         *,
         instance: str,
         settle_s: float,
         announce_s: float,
         host_epochs: Callable[[], list[int]],
+        holds: Callable[[], bool] = lambda: True,
     ) -> None:
         self.authority = Authority(coordinator=f"{instance}-{new_id()[:8]}", epoch=0)
         self.claimed = False
@@ -94,8 +98,11 @@ class Leadership:
         self._commits = commits
         self._settle_s = settle_s
         self._host_epochs = host_epochs
+        self._holds = holds
         self._contested = asyncio.Event()
         """Another coordinator has claimed this one's epoch."""
+        self._observed: tuple[m.CoordinatorPresence, float] | None = None
+        """Another coordinator's last presence, and when it arrived by the loop's clock."""
         self._superseded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.presence = Presence(
             post,
@@ -107,7 +114,7 @@ class Leadership:
     @property
     def is_leader(self) -> bool:
         """Whether an epoch is claimed and no coordinator has claimed a higher one."""
-        return self.claimed and not self._superseded.done()
+        return self.claimed and not self._superseded.done() and self._holds()
 
     @property
     def superseded(self) -> bool:
@@ -147,6 +154,17 @@ class Leadership:
         self.claimed = True
         _log.info("coordinator.claimed", epoch=claimed, coordinator=self.authority.coordinator)
 
+    def rival(self, stored: int) -> str:
+        """A coordinator that leads with an epoch above that of our store, so it does not share it; empty: there is none.
+
+        Two that each claim above the other would take turns. One that is silent is gone.
+        """
+        if self._observed is None:
+            return ""
+        presence, arrived_s = self._observed
+        silent = asyncio.get_running_loop().time() - arrived_s > _SILENT_S
+        return presence.coordinator if presence.online and presence.epoch > stored and not silent else ""
+
     async def claim_above_equals(self) -> None:
         """Claim again whenever another has the same epoch; until a higher one is claimed.
 
@@ -176,6 +194,8 @@ class Leadership:
 
     async def on_coordinator(self, observed: m.CoordinatorPresence, _: Received) -> None:
         """A coordinator's presence arrived: another's, or our own."""
+        if observed.coordinator != self.authority.coordinator:
+            self._observed = observed, asyncio.get_running_loop().time()
         self._on_epoch_observed(observed.epoch, observed.coordinator, alive=observed.online)
         if self.is_leader and observed != presence(self.authority, online=True):
             await self.announce()  # the will of an older coordinator must not stay as the last message

@@ -29,6 +29,11 @@ class CoordinatorCollector(Collector):
             coordinator.authority.epoch,
         )
         yield GaugeMetricFamily(
+            "caesura_coordinator_leads",
+            "1 if this coordinator leads, 0 if it stands by.",
+            float(coordinator.is_leader),
+        )
+        yield GaugeMetricFamily(
             "caesura_coordinator_active_rollouts",
             "Rollouts that hold their sets or wait for them: running, aborting or halted.",
             len(coordinator.repository.active),
@@ -55,7 +60,7 @@ class CoordinatorCollector(Collector):
         )
         yield GaugeMetricFamily(
             "caesura_coordinator_store_unsynced_commits",
-            "Decisions that are stored but not on disk yet: none of them is published.",
+            "Decisions that are not on disk yet, or not in the database: none of them is published.",
             coordinator.commits.committed - coordinator.commits.on_disk,
         )
         yield from bus_families(coordinator.bus.stats, coordinator.post.decode_errors)

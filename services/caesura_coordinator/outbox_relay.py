@@ -10,8 +10,8 @@ from caesura.contract.envelope import Message
 from caesura.delivery.message import clearing
 from caesura.delivery.policy import EVERY, NEWEST
 from caesura.delivery.publisher import ReliablePublisher
+from caesura.runtime.commits import DurableCommits
 from caesura.runtime.errors import StoreError
-from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.identity import new_id
 from caesura.runtime.logs import get_logger
 from caesura_coordinator.leadership import Leadership
@@ -37,7 +37,7 @@ class OutboxRelay:
     def __init__(
         self,
         store: CoordinatorStore,
-        commits: GroupCommit,
+        commits: DurableCommits,
         repository: RolloutRepository,
         publisher: ReliablePublisher,
         leadership: Leadership,

@@ -11,7 +11,7 @@ from caesura.contract.messages import VmOwner
 from caesura.delivery.message import OutboxMessage, clearing, prepare
 from caesura.delivery.policy import NEWEST
 from caesura.delivery.publisher import ReliablePublisher
-from caesura.runtime.group_commit import GroupCommit
+from caesura.runtime.commits import DurableCommits
 from caesura.runtime.identity import new_id
 from caesura_coordinator.owners import Owners
 
@@ -33,7 +33,7 @@ class OwnerRecords:
         self,
         owners: Owners,
         publisher: ReliablePublisher,
-        commits: GroupCommit,
+        commits: DurableCommits,
         *,
         source: str,
         is_leader: Callable[[], bool],

@@ -74,6 +74,11 @@ class RolloutRepository:
 
     def __init__(self, store: CoordinatorStore, now: datetime) -> None:
         self.store = store
+        self.load(now)
+
+    def load(self, now: datetime) -> None:
+        """Read everything again: the store has other content."""
+        store = self.store
         self.rollouts: dict[str, Rollout] = {each.id: after_restart(each, now) for each in store.rollouts()}
         self._documents = DocumentRepository(store)
         self._active = ActiveRollouts()

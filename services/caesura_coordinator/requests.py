@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import datetime
 
@@ -36,6 +37,9 @@ from caesura_coordinator.rollout_queue import MOST_QUEUED, first_not_before, wai
 _REPEAT_PARTS_S = 5.0
 """s: between two sendings of a stored answer with a large plan."""
 _LARGE_PLAN_VMS = 300
+_PENDING = 1000
+_PENDING_S = 60.0
+"""s: for which a coordinator that does not lead keeps a request; clients repeat theirs for 10 s."""
 _log = get_logger("caesura.coordinator")
 
 Request = m.RolloutRequested | m.FreezeRequested | m.AbortRequested | m.ResumeRequested
@@ -72,8 +76,8 @@ class RequestHandler:
         self._leadership = leadership
         self._fleet_now = fleet_now
         self._now = now
-        self.pending: list[tuple[str, Request, str]] = []
-        """Client, request, and why it is too late, of those that arrived before the epoch was claimed."""
+        self.pending: deque[tuple[float, str, Request, str]] = deque(maxlen=_PENDING)
+        """When it arrived, client, request, and why it is too late, of those that arrived before the epoch was claimed."""
         self._repeated: dict[tuple[str, str], float] = {}
         """Maps a client and request to when an answer in parts was last sent."""
 
@@ -89,7 +93,7 @@ class RequestHandler:
         if self._leadership.claimed:
             self._answer(client, request, late)
         else:
-            self.pending.append((client, request, late))
+            self.pending.append((asyncio.get_running_loop().time(), client, request, late))
 
     async def on_refused(self, delivery: Delivery, error: ContractError) -> None:
         """An operator's request that violates the contract is answered too, if its topic names the client."""
@@ -109,9 +113,13 @@ class RequestHandler:
 
     def answer_pending(self) -> None:
         """Answer the requests that arrived before the epoch was claimed."""
-        pending, self.pending = self.pending, []
-        for client, request, late in pending:
-            self._answer(client, request, late)
+        pending = list(self.pending)
+        self.pending.clear()
+        oldest_s = asyncio.get_running_loop().time() - _PENDING_S
+        for arrived_s, client, request, late in pending:
+            # The coordinator that led when an older one arrived has answered it, and that answer may be forgotten by now.
+            if arrived_s >= oldest_s:
+                self._answer(client, request, late)
 
     def _answer(self, client: str, request: Request, late: str) -> None:
         """Answer a request once; a repeated one gets the stored answer again. ``late``: why a new request is too late."""

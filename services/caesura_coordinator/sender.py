@@ -10,7 +10,7 @@ from caesura.bus.port import BusError, PublishRefused
 from caesura.contract.codec import ContractError
 from caesura.contract.messages import AbortOperation, StartOperation
 from caesura.contract.topics import TopicError
-from caesura.runtime.group_commit import GroupCommit
+from caesura.runtime.commits import DurableCommits
 from caesura.runtime.logs import get_logger
 from caesura.runtime.sampler import Sampler
 from caesura_coordinator.authority import Authority
@@ -39,7 +39,7 @@ class CommandSender:
         self,
         repository: RolloutRepository,
         post: MessageClient,
-        commits: GroupCommit,
+        commits: DurableCommits,
         authority: Callable[[], Authority | None],
     ) -> None:
         self._repository = repository

@@ -15,6 +15,7 @@ from caesura.contract.topics import channel_of
 from caesura.delivery.publisher import ReliablePublisher
 from caesura.delivery.sqlite import beside
 from caesura.fleet.state import FleetState
+from caesura.runtime.commits import DurableCommits
 from caesura.runtime.errors import SyncFailed
 from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.logs import get_logger
@@ -23,7 +24,7 @@ from caesura_coordinator.dispatcher import RolloutDispatcher
 from caesura_coordinator.fleet_lookup import FleetLookup
 from caesura_coordinator.fleet_receiver import FleetReceiver, ObservedFleet
 from caesura_coordinator.inputs import Approve
-from caesura_coordinator.leadership import Leadership
+from caesura_coordinator.leadership import Leadership, LeadershipLost
 from caesura_coordinator.outbox_relay import OutboxRelay
 from caesura_coordinator.owner_records import OwnerRecords
 from caesura_coordinator.owners import Owners
@@ -31,6 +32,8 @@ from caesura_coordinator.reconciler import Reconciler
 from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.requests import RequestHandler
 from caesura_coordinator.sender import CommandSender
+from caesura_coordinator.shared_store import SharedStore
+from caesura_coordinator.status import StatusAnnouncer
 from caesura_coordinator.store import CoordinatorStore, SyncedOutbox
 
 _ANNOUNCE_S = 20.0
@@ -83,6 +86,7 @@ class Coordinator:
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         announce_s: float = _ANNOUNCE_S,
         commits: GroupCommit | None = None,
+        shared: SharedStore | None = None,
     ) -> None:
         self.bus = bus
         self.store = store
@@ -90,9 +94,12 @@ class Coordinator:
             bus, source_of(fleet, "coordinator", instance), on_refused=self._on_refused, wanted=self._wants
         )
         store.write_as(self.post.source)
-        self.commits = commits or GroupCommit(store.database)
+        self.shared = shared
+        """The store's other part, if coordinators share it; None: this one is the only one with it."""
+        self.commits: DurableCommits = shared or commits or GroupCommit(store.database)
         """No effect of a commit leaves the process before this covers it."""
-        self.outbox = SyncedOutbox(beside(store.database.path), self.commits)
+        off_loop = shared.off_loop() if shared is not None else beside(store.database.path)
+        self.outbox = SyncedOutbox(off_loop, self.commits)
         self.publisher = ReliablePublisher(bus, self.outbox, answer_s=_ANSWER_S)
         """The publisher of everything that is stored first."""
         self._owner_publisher = ReliablePublisher(bus, answer_s=_ANSWER_S)
@@ -108,6 +115,12 @@ class Coordinator:
             settle_s=settle_s,
             announce_s=announce_s,
             host_epochs=self._host_epochs,
+            holds=(lambda: shared.leads) if shared is not None else lambda: True,
+        )
+        self._status = (
+            StatusAnnouncer(bus, self.post, shared, self.leadership, instance=instance, announce_s=announce_s)
+            if shared is not None
+            else None
         )
         self.owners = Owners(store, self.state)
         self._owner_records = OwnerRecords(
@@ -189,7 +202,11 @@ class Coordinator:
 
     def tasks(self) -> dict[str, Callable[[], Awaitable[None]]]:
         """Maps a name to an eternal task, for ``serve``."""
+        shared: dict[str, Callable[[], Awaitable[None]]] = {}
+        if self._status is not None:
+            shared = {"status": self._status.run, "broker": self._give_way_without_broker}
         return {
+            **shared,
             "bus": lambda: self.bus.run(self._deliver, self._on_connected, self.commits),
             "rollouts": self._dispatcher.run,
             "outbox": self.relay.run,
@@ -234,6 +251,9 @@ class Coordinator:
             if not await self.publisher.drained(_FLUSH_S):
                 _log.warning("outbox.left", messages=len(self.publisher))
             await self.leadership.presence.goodbye(timeout_s=2.0)
+        ends = self.shared is not None and not self.shared.lost and not self.leadership.superseded
+        if self._status is not None and ends and self.bus.stats.connected:
+            await self._status.goodbye()
         await self.bus.close()
 
     async def _lead(self) -> None:
@@ -245,6 +265,10 @@ class Coordinator:
         while not await self.bus.wait_connected(60):
             _log.warning("coordinator.waiting_for_broker", why=self.bus.stats.last_error)
         await self.leadership.settled()
+        if self.shared is not None:
+            await self.shared.lead(self._obstacle)
+            self.store.write_as(self.post.source)
+            self.repository.load(self._now())
         await self.leadership.claim()
         self.owners.lead(self.authority.epoch)
         self._owner_records.changed()
@@ -262,9 +286,33 @@ class Coordinator:
         self._dispatcher.wake()
         await self.leadership.claim_above_equals()
 
+    def _obstacle(self, epoch: int) -> str:
+        """What keeps a standby from the lead though the store, which has this epoch, does not; empty: nothing."""
+        if not self.bus.stats.connected:
+            return "the broker"
+        rival = self.leadership.rival(epoch)
+        return f"the end of coordinator {rival}, which leads this fleet with another store" if rival else ""
+
+    async def _give_way_without_broker(self) -> None:
+        """A leader that has lost the broker may be the only one that has.
+
+        Raises:
+            LeadershipLost: there was none for the time of a lease.
+        """
+        assert self.shared is not None  # noqa: S101 - runs only with one
+        lease_s = self.shared.lease_s
+        while True:
+            await asyncio.sleep(lease_s / 10)
+            if self.is_leader and not await self.bus.wait_connected(lease_s):
+                raise LeadershipLost(
+                    f"no broker for {lease_s:g} s ({self.bus.stats.last_error}): a coordinator that has one may lead"
+                )
+
     async def _on_connected(self) -> None:
         if self.bus.stats.connects > 1:
             self._observed.reconnected(self._now())
+        if self._status is not None:
+            await self._status.announce()
         if not self.is_leader:
             return
         self.owners.reconnected()
@@ -309,7 +357,8 @@ class Coordinator:
         await self.post.deliver(delivery)
 
     async def _on_refused(self, delivery: Delivery, error: ContractError) -> None:
-        await self.requests.on_refused(delivery, error)
+        if self.shared is None or self.is_leader:
+            await self.requests.on_refused(delivery, error)
 
     async def _on_fact(self, fact: m.OperationReported | m.VmClockSynced | m.VmReady, _: Received) -> None:
         self._dispatcher.dispatch(fact)

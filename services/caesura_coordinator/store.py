@@ -22,9 +22,9 @@ from caesura.contract.names import Name
 from caesura.contract.topics import TopicError
 from caesura.delivery.message import OutboxMessage, clearing, from_body, is_state, prepare
 from caesura.delivery.sqlite import SCHEMA, OffLoop, OutboxTable, SqliteOutbox
+from caesura.runtime.commits import DurableCommits
 from caesura.runtime.database import Database
 from caesura.runtime.errors import CaesuraError
-from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.identity import new_id
 from caesura.runtime.logs import get_logger
 from caesura_coordinator.records import (
@@ -37,7 +37,7 @@ from caesura_coordinator.records import (
     without_waves,
 )
 
-_MIGRATIONS = (
+MIGRATIONS = (
     """
     CREATE TABLE epoch (value INTEGER NOT NULL);
     INSERT INTO epoch VALUES (0);
@@ -85,7 +85,7 @@ class CoordinatorStore:
     """See the module. Raises StoreError from every method when the disk or the file refuses."""
 
     def __init__(self, path: str) -> None:
-        self.database = Database(path, _MIGRATIONS)
+        self.database = Database(path, MIGRATIONS)
         self.outbox = OutboxTable(self.database)
         self._source = source_of("default", "coordinator")
         self.left_over = 0
@@ -401,7 +401,7 @@ class SyncedOutbox(SqliteOutbox):
         commits: those of the connection that fills it.
     """
 
-    def __init__(self, off_loop: OffLoop, commits: GroupCommit) -> None:
+    def __init__(self, off_loop: OffLoop, commits: DurableCommits) -> None:
         super().__init__(off_loop)
         self._commits = commits
 

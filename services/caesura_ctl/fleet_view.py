@@ -54,6 +54,11 @@ class FleetView:
         return self.state.coordinator
 
     @property
+    def coordinators(self) -> Mapping[str, m.CoordinatorStatus]:
+        """Maps a coordinator to its status, of those that share a store."""
+        return self.state.words.named(m.CoordinatorStatus)
+
+    @property
     def hosts(self) -> Mapping[str, m.HostInventory]:
         """Maps a host to its inventory as published, including VMs that are not its own."""
         return self.state.words.named(m.HostInventory)

@@ -29,6 +29,7 @@ _FOLDED = (
     m.SetDocument,
     m.PublisherPresence,
     m.CoordinatorPresence,
+    m.CoordinatorStatus,
 )
 """Without the agents' presences: here the state of an agent ends with its VM, and ``agents`` keeps when it was received."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from caesura_vmcontrol import libvirt_rpc
 from caesura_vmcontrol.freezer_control import Condition
@@ -32,6 +33,28 @@ class DomainPausedBefore(DomainNotPaused):
     """Somebody else had paused it."""
 
 
+class DomainBusy(OSError):
+    """libvirt does something with a paused domain that ends by itself, and resumes it no sooner; the text says what."""
+
+
+@dataclass(frozen=True)
+class DomainLook:
+    """What the daemon says of a domain in a plan's life.
+
+    Args:
+        domain: None: it is over.
+        not_ours: why it is paused, where it is not ours to resume.
+        busy: what libvirt does with it that ends by itself, and lets nothing resume it until then.
+        migrated: it is over here, for it was migrated to another host; the daemon knows that while it has its definition.
+    """
+
+    condition: Condition
+    domain: Domain | None = None
+    not_ours: str = ""
+    busy: str = ""
+    migrated: bool = False
+
+
 def libvirt_condition(plan: LibvirtPlan) -> Condition:
     """What the daemon says, and QEMU where it does not answer.
 
@@ -43,8 +66,7 @@ def libvirt_condition(plan: LibvirtPlan) -> Condition:
     """
     try:
         with Libvirt(plan.socket, plan.uri, time.monotonic() + RPC_S) as daemon:
-            domain = find(daemon, plan)
-            return "gone" if domain is None else _condition_of(*daemon.state(domain))
+            return _look(daemon, plan).condition
     except LibvirtRefused as refused:
         return _gone_or_raise(refused)
     except OSError:
@@ -54,19 +76,19 @@ def libvirt_condition(plan: LibvirtPlan) -> Condition:
         return found
 
 
-def conditions(plans: Sequence[LibvirtPlan]) -> dict[str, Condition | None]:
-    """VM to its condition, over one connection for all of one daemon; None: nobody says. Blocking."""
-    found: dict[str, Condition | None] = {}
+def look_at(plans: Sequence[LibvirtPlan]) -> dict[str, DomainLook | None]:
+    """VM to what is said of it, over one connection for all of one daemon; None: nobody says. Blocking."""
+    found: dict[str, DomainLook | None] = {}
     for place in {(plan.socket, plan.uri) for plan in plans}:
         mine = [plan for plan in plans if (plan.socket, plan.uri) == place]
         with suppress(OSError), Libvirt(*place, time.monotonic() + RPC_S) as daemon:
             for plan in mine:
-                domain = find(daemon, plan)
-                found[plan.vm] = "gone" if domain is None else _condition_of(*daemon.state(domain))
+                found[plan.vm] = _look(daemon, plan)
         for plan in mine:
             if plan.vm not in found:
                 with suppress(OSError):
-                    found[plan.vm] = _condition_by_qmp(plan)
+                    condition = _condition_by_qmp(plan)
+                    found[plan.vm] = None if condition is None else DomainLook(condition)
                 found.setdefault(plan.vm, None)
     return found
 
@@ -74,30 +96,24 @@ def conditions(plans: Sequence[LibvirtPlan]) -> dict[str, Condition | None]:
 def why_not_ours(plan: LibvirtPlan) -> str:
     """Why a domain that is paused is not to be resumed by us; empty: it is not paused, or is over. Raises OSError."""
     with Libvirt(plan.socket, plan.uri, time.monotonic() + RPC_S) as daemon:
-        domain = find(daemon, plan)
-        if domain is None:
-            return ""
-        state, reason = daemon.state(domain)
-    if state != libvirt_rpc.PAUSED or _condition_of(state, reason) != "gone":
-        return ""
-    return f"libvirt has paused it {pause_reason(reason)}"
+        return _look(daemon, plan).not_ours
 
 
 def resume_domain(plan: LibvirtPlan) -> None:
     """Resume by the daemon; if that does not make it run, by QMP. Raises OSError: it does not run yet."""
     try:
         with Libvirt(plan.socket, plan.uri, time.monotonic() + RPC_S) as daemon:
-            domain = find(daemon, plan)
-            if domain is None:
-                return
-            state, reason = daemon.state(domain)
-            if _condition_of(state, reason) == "frozen":
-                daemon.resume(domain)
+            look = _look(daemon, plan)
+            if look.condition == "frozen" and look.domain is not None:
+                daemon.resume(look.domain)
     except OSError as error:
         if isinstance(error, LibvirtRefused) and error.code == libvirt_rpc.NO_DOMAIN:
             return
         if not _resume_by_qmp(plan):
             raise
+    else:
+        if look.busy:
+            raise DomainBusy(look.busy)
 
 
 def suspend_domain(plan: LibvirtPlan, until: float) -> None:
@@ -121,7 +137,12 @@ def suspend_domain(plan: LibvirtPlan, until: float) -> None:
 
 
 def find(daemon: Libvirt, plan: LibvirtPlan) -> Domain | None:
-    """The domain in the plan's life; None: it is over. Raises OSError."""
+    """The domain in the plan's life; None: it is over. Raises OSError.
+
+    A daemon that was restarted may give an id again, so the process is looked at, too.
+    """
+    if plan.pid and not alive(plan.pid, plan.start_ticks):
+        return None
     try:
         domain = daemon.domain(plan.uuid)
     except LibvirtRefused as refused:
@@ -130,6 +151,49 @@ def find(daemon: Libvirt, plan: LibvirtPlan) -> Domain | None:
         raise
     return domain if domain.number == plan.number else None
 
+
+def _was_migrated(daemon: Libvirt, plan: LibvirtPlan) -> bool:
+    try:
+        domain = daemon.domain(plan.uuid)
+        return domain.number < 0 and daemon.state(domain) == (libvirt_rpc.SHUTOFF, _SHUTOFF_MIGRATED)
+    except LibvirtRefused:  # it is not defined any more
+        return False
+
+
+_SHUTOFF_MIGRATED = 4
+"""VIR_DOMAIN_SHUTOFF_MIGRATED"""
+_BY_MIGRATION = (2, 12)
+"""VIR_DOMAIN_PAUSED_MIGRATION, _POSTCOPY"""
+_BUSY = {
+    libvirt_rpc.SAVE_JOB: "libvirt is saving it to a file",
+    libvirt_rpc.SNAPSHOT_JOB: "libvirt is taking a snapshot of it",
+    libvirt_rpc.DUMP_JOB: "libvirt is dumping its memory",
+}
+
+
+def _look(daemon: Libvirt, plan: LibvirtPlan) -> DomainLook:
+    domain = find(daemon, plan)
+    if domain is None:
+        return DomainLook("gone", migrated=_was_migrated(daemon, plan))
+    state, reason = daemon.state(domain)
+    condition = _condition_of(state, reason)
+    if state != libvirt_rpc.PAUSED:
+        return DomainLook(condition, domain)
+    if reason in _BY_MIGRATION:
+        return DomainLook("gone", domain, MIGRATES)
+    if condition == "gone":
+        return DomainLook(condition, domain, f"libvirt has paused it {pause_reason(reason)}")
+    # A resume would wait behind the job for half a minute, and keep one of the daemon's workers from others.
+    job = libvirt_rpc.NO_JOB
+    with suppress(LibvirtRefused):
+        job = daemon.job(domain)
+    if job == libvirt_rpc.MIGRATION_JOB:
+        return DomainLook("gone", domain, MIGRATES)
+    return DomainLook("held" if job in _BUSY else condition, domain, busy=_BUSY.get(job, ""))
+
+
+MIGRATES = "libvirt is migrating it to another host"
+"""Why it is left: where it arrives it is paused as it was here."""
 
 _REASONS = {
     1: "by somebody who asked libvirt for it",

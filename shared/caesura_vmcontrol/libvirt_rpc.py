@@ -24,7 +24,7 @@ _MOST_BYTES = 1 << 20
 """An answer to what is asked here has some hundred bytes; a message of the protocol may have 32 MiB."""
 
 _CONNECT_OPEN, _CONNECT_CLOSE, _AUTH_LIST, _AUTH_POLKIT = 1, 2, 66, 70
-_LOOKUP_BY_UUID, _RESUME, _SUSPEND, _GET_STATE = 24, 28, 34, 212
+_LOOKUP_BY_UUID, _RESUME, _SUSPEND, _GET_STATE, _GET_JOB_STATS = 24, 28, 34, 212, 298
 _AUTH_IS_NONE, _AUTH_IS_POLKIT = 0, 2
 NO_DOMAIN: Final = 42
 """VIR_ERR_NO_DOMAIN"""
@@ -35,6 +35,13 @@ RUNNING, BLOCKED, PAUSED, SHUTDOWN, SHUTOFF, CRASHED, SUSPENDED = 1, 2, 3, 4, 5,
 """virDomainState; SUSPENDED is the guest's own sleep."""
 PAUSED_BY_USER: Final = 1
 """VIR_DOMAIN_PAUSED_USER: by a client that asked for a suspend, ourselves included."""
+
+NO_JOB, SAVE_JOB, MIGRATION_JOB, SNAPSHOT_JOB, DUMP_JOB = 0, 2, 5, 6, 8
+"""virDomainJobOperation: what is done with a domain that takes long; ``NO_JOB`` is ours."""
+_OPERATION = struct.pack(">I", 9) + b"operation" + bytes(3)
+"""A parameter's name, as XDR has it."""
+_INT_TYPE = 1
+"""VIR_TYPED_PARAM_INT"""
 
 _URI = re.compile(r"[a-z]+:///[a-z]+")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -148,6 +155,16 @@ class Libvirt:
             ">ii", self._call(_GET_STATE, _wire(domain) + struct.pack(">I", 0))
         )
         return state, reason
+
+    def job(self, domain: Domain) -> int:
+        """virDomainJobOperation of what is under way with it."""
+        body = self._call(_GET_JOB_STATS, _wire(domain) + struct.pack(">I", 0))
+        # A list of parameters, each with its name, type and value, in no given order.
+        at = body.find(_OPERATION)
+        if len(body) < at + len(_OPERATION) + 8 or at < 0 or not struct.unpack_from(">i", body)[0]:
+            return NO_JOB
+        kind, operation = struct.unpack_from(">ii", body, at + len(_OPERATION))
+        return operation if kind == _INT_TYPE else NO_JOB
 
     def suspend(self, domain: Domain) -> None:
         """Pause it. Raises LibvirtRefused: it is not running, or another job of it is under way."""

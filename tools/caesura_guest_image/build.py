@@ -56,6 +56,37 @@ def default_cache() -> Path:
     return Path(home) / "caesura" / "guest"
 
 
+def built_already(cache: Path) -> BuiltImage | None:
+    """The guest for the installed code if the cache has it; nothing is made. Raises GuestError: a part of it is not installed."""
+    return _cached(cache / f"guest-{_digest_of(_builder_digest())[:16]}")
+
+
+def read_manifest(folder: Path) -> BuiltImage:
+    """The guest in a folder of ``caesura guest build --output``, which may have been made on another machine.
+
+    Raises:
+        GuestError: there is none.
+    """
+    try:
+        found = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=BuiltImage)
+    except (OSError, msgspec.DecodeError) as error:
+        raise GuestError(f"{folder} has no guest: {error}") from error
+    there = msgspec.structs.replace(
+        found, folder=str(folder), kernel=str(folder / "vmlinuz"), initrd=str(folder / "initrd")
+    )
+    for file in (there.kernel, there.initrd):
+        if not os.access(file, os.R_OK):
+            raise GuestError(f"{folder} has no guest: {file} cannot be read")
+    return there
+
+
+def _cached(target: Path) -> BuiltImage | None:
+    try:
+        return msgspec.json.decode((target / "manifest.json").read_bytes(), type=BuiltImage)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
 def build(cache: Path, progress: Progress, *, force: bool = False) -> BuiltImage:
     """The guest for the installed code, from the cache if available.
 
@@ -77,8 +108,7 @@ def build(cache: Path, progress: Progress, *, force: bool = False) -> BuiltImage
 def _build(cache: Path, progress: Progress, begun: float, *, force: bool) -> BuiltImage:
     builder = _builder_digest()
     base = cache / f"base-{builder[:16]}"
-    whole = hashlib.sha256(f"{builder} {agent.digest()}".encode()).hexdigest()
-    target = cache / f"guest-{whole[:16]}"
+    target = cache / f"guest-{_digest_of(builder)[:16]}"
     if force:
         shutil.rmtree(base, ignore_errors=True)
     elif target.is_dir():
@@ -196,6 +226,11 @@ def _builder_digest() -> str:
         if path.name not in {"command.py", "second.py"}:
             found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()
+
+
+def _digest_of(builder: str) -> str:
+    """Of everything that is in a guest."""
+    return hashlib.sha256(f"{builder} {agent.digest()}".encode()).hexdigest()
 
 
 def _packed(entries: dict[str, ArchiveEntry]) -> bytes:

@@ -47,6 +47,9 @@ def status(broker: str | None, *, as_json: bool) -> None:
             print_json(
                 {
                     "coordinator": fleet_view.coordinator,
+                    "coordinators": sorted(
+                        fleet_view.coordinators.values(), key=lambda each: each.coordinator
+                    ),
                     "hosts": [
                         {"online": fleet_view.is_online(name), "inventory": each}
                         for name, each in sorted(fleet_view.hosts.items())
@@ -64,6 +67,10 @@ def status(broker: str | None, *, as_json: bool) -> None:
             if boss
             else "coordinator: never seen on this broker"
         )
+        for each in sorted(
+            fleet_view.coordinators.values(), key=lambda each: (not each.leads, each.coordinator)
+        ):
+            context.console.print(Text(f"  {each.coordinator}: {_role(each)}"))
         silent = sorted(
             vm
             for vm, (_, record) in fleet_view.vm_places().items()
@@ -83,6 +90,19 @@ def status(broker: str | None, *, as_json: bool) -> None:
             context.console.print(rollout_view(rollout, fleet_view, datetime.now(UTC)))
 
     run(body, broker, as_json=as_json)
+
+
+def _role(coordinator: m.CoordinatorStatus) -> str:
+    """What one of several coordinators does, in words."""
+    role = "leads" if coordinator.leads else "stands by" if coordinator.online else "OFFLINE"
+    if not coordinator.waits_for:
+        return role
+    # Nothing that it decides is stored, so no rollout moves until then.
+    return (
+        f"{role}, rollouts wait for {coordinator.waits_for}"
+        if coordinator.leads
+        else f"{role}: {coordinator.waits_for}"
+    )
 
 
 def _online(agent: m.AgentPresence | None) -> bool:

@@ -67,6 +67,11 @@ def finish_killed(op: Operation) -> Decision:
     return op, (StopUpdate(kill=True), *effects)
 
 
+def ended_while_paused(detail: str) -> str:
+    """What is said of a VM that does not run any more, with what its driver knows."""
+    return f"ended while it was paused{f': {detail}' if detail else ''}"
+
+
 def vm_resumed(op: Operation, event: ResumeEnded) -> Decision:
     """A VM runs again, or is gone."""
     if op.phase != "resuming" or vm_of(op, event.vm).end:
@@ -78,7 +83,7 @@ def vm_resumed(op: Operation, event: ResumeEnded) -> Decision:
     detail = event.detail or vm_of(op, event.vm).detail
     op = changed_vm(op, event.vm, resumed_at=event.at, end=event.end, resumed_by=by, detail=detail)
     if event.end != "running":
-        why = "ended while it was paused"
+        why = ended_while_paused(event.detail)
         if event.end == "left":
             why = f"was not resumed: {event.detail}"
         op = changed_vm(op, event.vm, error=vm_of(op, event.vm).error or why)

@@ -41,6 +41,7 @@ from caesura_host_updater.operation.inputs import (
     VmStarted,
     VmSwapped,
 )
+from caesura_host_updater.operation.resume import ended_while_paused
 from caesura_host_updater.operation.state import Operation
 
 _RESUME_TRY_S = 0.25  # s: one try of a resume; then it is logged and retried
@@ -224,7 +225,13 @@ class VmActions:
                 await asyncio.sleep(_RESUME_TRY_S)
             else:
                 at = time.monotonic()
-                detail = self._driver.why_left(vm) if end == "left" else self._moved(vm)
+                match end:
+                    case "left":
+                        detail = self._driver.why_left(vm)
+                    case "gone":
+                        detail = self._driver.health_error(vm)
+                    case _:
+                        detail = self._moved(vm)
                 self._emit(ResumeEnded(vm, at, end, was_held and end != "left", detail))
                 return
 
@@ -242,7 +249,7 @@ class VmActions:
             states = await self._driver.read_states() if names else {}
             for name in names:
                 if states.get(name) == "stopped":
-                    self._emit(VmLost(name, False, "ended while it was paused"))
+                    self._emit(VmLost(name, False, ended_while_paused(self._driver.health_error(name))))
                     self._on_change()
                 elif states.get(name) == "running":
                     why = "ran although it was paused: somebody else resumed it"

@@ -77,6 +77,11 @@ class FleetMetricsView:
         return self._folded.rollouts
 
     @property
+    def coordinators(self) -> Mapping[str, m.CoordinatorStatus]:
+        """Maps a coordinator to its status, of those that share a store."""
+        return self._state.words.named(m.CoordinatorStatus)
+
+    @property
     def coordinator(self) -> m.CoordinatorPresence | None:
         """The coordinator that leads, or led last."""
         return self._state.coordinator

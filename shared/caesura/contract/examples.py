@@ -424,4 +424,10 @@ def examples() -> list[Example]:
             ),
             {"host": "host-1", "vm": "web-1"},
         ),
+        Example(
+            m.CoordinatorStatus(
+                coordinator="coordinator-2", online=True, leads=False, waits_for="another coordinator leads"
+            ),
+            {"coordinator": "coordinator-2"},
+        ),
     ]

@@ -349,6 +349,14 @@ CHANNELS: tuple[Channel, ...] = (
         retain=True,
         summary="What the host file says of a VM for its workloads to read: size, image, addresses, tags, user data.",
     ),
+    Channel(
+        address=f"{PREFIX}/fleet/coordinator/{{coordinator}}",
+        message=m.CoordinatorStatus,
+        writer="coordinator",
+        readers=("ctl", "exporter"),
+        retain=True,
+        summary="A coordinator that shares its store with others: whether it leads or stands by, and what it waits for.",
+    ),
 )
 
 

@@ -89,7 +89,7 @@ class Database:
             self._connection = self._connect(path)
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
-            self._migrate(migrations)
+            self.migrate(migrations)
         except (*_ERRORS, OSError) as error:
             refused = StoreError(f"cannot open the store {path}: {error}")
             refused.temporary = _is_temporary(error)
@@ -127,7 +127,12 @@ class Database:
         finally:
             wal.close()
 
-    def _migrate(self, migrations: Sequence[str]) -> None:
+    def migrate(self, migrations: Sequence[str]) -> None:
+        """Run the scripts that the schema lacks.
+
+        Raises:
+            NewerStore: the schema has more than these.
+        """
         (have,) = self._connection.execute("PRAGMA user_version").fetchone()
         if have > len(migrations):
             raise NewerStore(

@@ -17,8 +17,8 @@ SETTINGS = tuple(
     )
 )
 """The prefix of each service's settings. Only the service itself knows its settings."""
-MARKERS = (f"{PREFIX}DEMO_", f"{PREFIX}TEST_")
-"""Set by demo and tests in everything they start, to find it again."""
+MARKERS = (f"{PREFIX}DEMO_", f"{PREFIX}DOCTOR_", f"{PREFIX}TEST_")
+"""Set by demo, doctor and tests in everything they start, to find it again."""
 RESERVED = frozenset(
     PREFIX + name
     for name in (

@@ -13,29 +13,12 @@ from typing import Any
 import pytest
 
 from caesura.contract import messages as m
+from caesura_testing.found_fleets import BUDGET_S, begin_long_pause, outcome_of, report_of, vm_of
 from caesura_testing.patience import patient
-
-BUDGET_S = 8.0
-
-
-def _vm(fleet: Any, host: str, vm: str) -> Any:
-    inventory = fleet.fleet_view.hosts.get(host)
-    return next((each for each in inventory.vms if each.vm == vm), None) if inventory else None
 
 
 async def _long(fleet: Any) -> str:
-    """A rollout whose first pause lasts until its budget's share; the domains of host-1 are paused when this returns."""
-    sandbox = fleet.sandbox
-    sandbox.update("long", ["sleep", "5"], expected_s=2.0)
-    await sandbox.until(
-        lambda: any(each.update == "long" for each in fleet.fleet_view.hosts["host-1"].updates),
-        20,
-        "the update",
-    )
-    rollout = await fleet.roll("long", budget_s=BUDGET_S, on_unproven="proceed")
-    await sandbox.until(lambda: set(fleet.witness.paused) == {"web-1", "db-1"}, 20, "host-1 is paused")
-    await sandbox.until(lambda: "web-1" in fleet.fleet_view.frozen, 20, "the updater has seen it paused")
-    return str(rollout)
+    return await begin_long_pause(fleet, lambda: fleet.witness.paused, "web-1", "db-1")
 
 
 async def test_a_rollout_over_domains(fleet: Any) -> None:
@@ -78,7 +61,7 @@ async def test_an_updater_that_is_killed_in_the_pause_leaves_its_domains_to_the_
     await sandbox.start("host-1")
     state = await fleet.ended(rollout)
     assert state.status == "halted"
-    report = _report(fleet)
+    report = report_of(fleet)
     assert {each.resumed_by for each in report.vms} == {"guard"}
     assert "updater_died" in report.codes
 
@@ -96,15 +79,6 @@ def _runs(daemon: Any, name: str) -> bool:
     return False
 
 
-def _report(fleet: Any) -> m.OperationReported:
-    (report,) = [
-        each
-        for each in fleet.fleet_view.reports.values()
-        if each.host == "host-1" and isinstance(each, m.OperationReported)
-    ]
-    return report
-
-
 @pytest.mark.parametrize("what", ["resume", "destroy", "undefine"])
 async def test_an_operator_in_the_middle_of_a_pause(fleet: Any, what: str) -> None:
     """It is his domain: nothing of ours undoes it, it is reported, and the rollout does not go on as if nothing had been."""
@@ -115,8 +89,7 @@ async def test_an_operator_in_the_middle_of_a_pause(fleet: Any, what: str) -> No
     first.virsh(what, "web-1")
     state = await fleet.ended(rollout)
     assert state.status == "halted", state.reason
-    report = _report(fleet)
-    web = next(each for each in report.vms if each.vm == "web-1")
+    web = outcome_of(fleet, "web-1")
     if what == "resume":
         assert first.state("web-1") == "running"
         assert "somebody else resumed it" in web.error
@@ -126,17 +99,90 @@ async def test_an_operator_in_the_middle_of_a_pause(fleet: Any, what: str) -> No
     assert tuple(sorted(fleet.witness.paused)) != ("db-1", "web-1")
     if what == "undefine":
         await fleet.sandbox.until(
-            lambda: _vm(fleet, "host-1", "web-1") is None, 10, "web-1 is no VM any more"
+            lambda: vm_of(fleet, "host-1", "web-1") is None, 10, "web-1 is no VM any more"
         )
+
+
+async def test_a_domain_that_is_started_again_in_its_pause_did_not_survive_it(fleet: Any) -> None:
+    """It runs, and what its memory held is lost: nothing may take that for a resume."""
+    rollout = await _long(fleet)
+    first = fleet.daemons[0]
+    first.virsh("destroy", "web-1")
+    first.virsh("start", "web-1")
+    state = await fleet.ended(rollout)
+    assert state.status == "halted", state.reason
+    web = outcome_of(fleet, "web-1")
+    assert "ended while it was paused" in web.error
+    assert "started again in its pause" in web.detail
+    assert first.state("web-1") == first.state("db-1") == "running"
+    await fleet.sandbox.until(
+        lambda: vm_of(fleet, "host-1", "web-1").state == "running",
+        10,
+        "after the operation it is a VM as any other",
+    )
+
+
+async def test_a_domain_that_is_migrated_in_its_pause(fleet: Any) -> None:
+    """It arrives paused, as it was: that is named with the remedy, and the other host has it from then on."""
+    rollout = await _long(fleet)
+    first, second = fleet.daemons
+    moving = first.migrate("web-1", second)
+    output, _ = await asyncio.to_thread(moving.communicate)
+    assert moving.returncode == 0, output
+    state = await fleet.ended(rollout)
+    assert state.status == "halted", state.reason
+    web = outcome_of(fleet, "web-1")
+    assert "migrated to another host in its pause" in web.error
+    assert "virsh resume web-1" in web.error
+    assert first.state("db-1") == "running"
+    assert second.state("web-1") == "paused"
+    until = fleet.sandbox.until
+    await until(lambda: vm_of(fleet, "host-1", "web-1") is None, 10, "its definition alone is no VM")
+    await until(lambda: vm_of(fleet, "host-2", "web-1") is not None, 10, "the other host has it")
+    second.virsh("resume", "web-1")
+    await until(lambda: vm_of(fleet, "host-2", "web-1").state == "running", 10, "it runs there")
+    await fleet.give_up(rollout)
+    # libvirt forgets why a domain is off when it is restarted: then two hosts name it, and the one that has it keeps it.
+    first.kill()
+    first.start()
+    await until(lambda: vm_of(fleet, "host-1", "web-1") is not None, 20, "two hosts name it")
+    answer = await fleet.session.ask(
+        m.RolloutRequested(
+            request="both", update="patch", plan_only=True, policy=fleet.policy(budget_s=BUDGET_S)
+        )
+    )
+    assert answer.codes == ("host_in_two_domains",), "it brought its update domain with it"
+    assert answer.reason.startswith("host-2: ")
+    assert "web-1 in update_domain 0" in answer.reason
+
+
+async def test_two_hosts_that_claim_one_domain(fleet: Any) -> None:
+    """As after a restore or a copy: it belongs to the host that had it, and nothing that the other one says of it counts."""
+    first, second = fleet.daemons
+    second.define("db-1", label="set='db' update-domain='0'")
+    await fleet.sandbox.until(lambda: vm_of(fleet, "host-2", "db-1") is not None, 10, "two hosts name it")
+    rollout = await fleet.roll(budget_s=BUDGET_S, on_unproven="proceed")
+    state = await fleet.ended(rollout)
+    assert state.status == "halted"
+    assert "db-1" in state.reason, "the host that may not have it does not pause it with its own"
+    assert [name for name, _, _ in fleet.witness.pauses].count("db-1") == 1
+    assert "web-2" not in {name for name, _, _ in fleet.witness.pauses}
+    assert first.state("db-1") == second.state("db-1") == second.state("web-2") == "running"
+    second.virsh("destroy", "db-1")
+    second.virsh("undefine", "db-1")
+    await fleet.sandbox.until(lambda: vm_of(fleet, "host-2", "db-1") is None, 10, "it is undefined")
+    await fleet.give_up(rollout)
+    state = await fleet.ended(await fleet.roll(budget_s=BUDGET_S, on_unproven="proceed"))
+    assert state.status == "completed", state.reason
 
 
 async def test_domains_come_and_go_and_are_labelled(fleet: Any) -> None:
     first = fleet.daemons[0]
     until = fleet.sandbox.until
     first.define("new.one")
-    await until(lambda: _vm(fleet, "host-1", "new-one") is not None, 10, "the new domain is a VM")
-    assert _vm(fleet, "host-1", "new-one").set == "_new-one"
-    assert "freeze" in _vm(fleet, "host-1", "new-one").methods
+    await until(lambda: vm_of(fleet, "host-1", "new-one") is not None, 10, "the new domain is a VM")
+    assert vm_of(fleet, "host-1", "new-one").set == "_new-one"
+    assert "freeze" in vm_of(fleet, "host-1", "new-one").methods
 
     def label(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -145,7 +191,7 @@ async def test_domains_come_and_go_and_are_labelled(fleet: Any) -> None:
         )  # fmt: skip
 
     assert label("--set", "web", "--update-domain", "4").returncode == 0
-    await until(lambda: _vm(fleet, "host-1", "new-one").update_domain == 4, 10, "its label is noticed")
+    await until(lambda: vm_of(fleet, "host-1", "new-one").update_domain == 4, 10, "its label is noticed")
     refused = label("--set", "mail", "--update-domain", "4", "--name", "no/name")
     assert refused.returncode == 1
     assert "no/name" in refused.stderr
@@ -161,10 +207,10 @@ async def test_domains_come_and_go_and_are_labelled(fleet: Any) -> None:
         "<vm sett='web'/>",
         "--live",
     )
-    await until(lambda: "sett" in _vm(fleet, "host-1", "new-one").state_detail, 10, "the typo is named")
-    assert "caesura libvirt label new.one" in _vm(fleet, "host-1", "new-one").methods_missing["freeze"]
+    await until(lambda: "sett" in vm_of(fleet, "host-1", "new-one").state_detail, 10, "the typo is named")
+    assert "caesura libvirt label new.one" in vm_of(fleet, "host-1", "new-one").methods_missing["freeze"]
     assert label("--set", "web", "--update-domain", "5").returncode == 0
-    await until(lambda: "freeze" in _vm(fleet, "host-1", "new-one").methods, 10, "it is mended")
+    await until(lambda: "freeze" in vm_of(fleet, "host-1", "new-one").methods, 10, "it is mended")
     first.define("new-one", start=False)
     await until(
         lambda: "new.one" in fleet.fleet_view.hosts["host-1"].driver_detail,
@@ -172,9 +218,9 @@ async def test_domains_come_and_go_and_are_labelled(fleet: Any) -> None:
         "two of one name: the exact one wins",
     )
     assert label("--name", "other").returncode == 0
-    await until(lambda: _vm(fleet, "host-1", "other") is not None, 10, "it has a name of its own")
+    await until(lambda: vm_of(fleet, "host-1", "other") is not None, 10, "it has a name of its own")
     first.virsh("undefine", "new-one")
-    await until(lambda: _vm(fleet, "host-1", "new-one") is None, 10, "the one that was undefined is gone")
+    await until(lambda: vm_of(fleet, "host-1", "new-one") is None, 10, "the one that was undefined is gone")
 
 
 async def test_the_doctor_looks_at_each_domain(fleet: Any) -> None:

@@ -11,16 +11,11 @@ from typing import Any
 import pytest
 
 from caesura.contract import messages as m
+from caesura_testing.found_fleets import BUDGET_S, begin_long_pause, outcome_of, report_of, vm_of
 from caesura_testing.patience import patient
 
-BUDGET_S = 8.0
 MOST_WAIT_S = 0.2
 """s: how long Proxmox's own tools may be kept waiting."""
-
-
-def _vm(fleet: Any, host: str, vm: str) -> Any:
-    inventory = fleet.fleet_view.hosts.get(host)
-    return next((each for each in inventory.vms if each.vm == vm), None) if inventory else None
 
 
 def _paused(fleet: Any) -> set[str]:
@@ -38,27 +33,7 @@ def _assert_nobody_waited(fleet: Any) -> None:
 
 
 async def _long(fleet: Any) -> str:
-    """A rollout whose first pause lasts; the VMs of host-1 are paused when this returns."""
-    sandbox = fleet.sandbox
-    sandbox.update("long", ["sleep", "5"], expected_s=2.0)
-    await sandbox.until(
-        lambda: any(each.update == "long" for each in fleet.fleet_view.hosts["host-1"].updates),
-        20,
-        "the update",
-    )
-    rollout = await fleet.roll("long", budget_s=BUDGET_S, on_unproven="proceed")
-    await sandbox.until(lambda: _paused(fleet) == {"vm-100", "vm-101"}, 20, "host-1 is paused")
-    await sandbox.until(lambda: "vm-100" in fleet.fleet_view.frozen, 20, "the updater has seen it paused")
-    return str(rollout)
-
-
-def _report(fleet: Any) -> m.OperationReported:
-    (report,) = [
-        each
-        for each in fleet.fleet_view.reports.values()
-        if each.host == "host-1" and isinstance(each, m.OperationReported)
-    ]
-    return report
+    return await begin_long_pause(fleet, lambda: _paused(fleet), "vm-100", "vm-101")
 
 
 async def test_a_rollout_over_two_nodes(fleet: Any) -> None:
@@ -88,7 +63,7 @@ async def test_an_updater_that_is_killed_in_the_pause_leaves_its_vms_to_the_guar
     await sandbox.start("host-1")
     state = await fleet.ended(rollout)
     assert state.status == "halted"
-    report = _report(fleet)
+    report = report_of(fleet)
     assert {each.resumed_by for each in report.vms} == {"guard"}
     assert "updater_died" in report.codes
     _assert_nobody_waited(fleet)
@@ -100,13 +75,13 @@ async def test_a_backup_begins_in_the_pause(fleet: Any) -> None:
     first = fleet.nodes[0]
     first.set_lock(100, "backup")
     await fleet.sandbox.until(
-        lambda: "lock: backup" in _vm(fleet, "host-1", "vm-100").state_detail, 10, "the lock is shown"
+        lambda: "lock: backup" in vm_of(fleet, "host-1", "vm-100").state_detail, 10, "the lock is shown"
     )
     await fleet.ended(rollout)
-    web = next(each for each in _report(fleet).vms if each.vm == "vm-100")
+    web = outcome_of(fleet, "vm-100")
     assert "locked by Proxmox (backup)" in web.detail
     assert first.status(100) == first.status(101) == "running"
-    assert "freeze" in _vm(fleet, "host-1", "vm-100").methods_missing
+    assert "freeze" in vm_of(fleet, "host-1", "vm-100").methods_missing
 
 
 @pytest.mark.parametrize("what", ["resumes", "migrates", "ends"])
@@ -126,13 +101,13 @@ async def test_somebody_else_in_the_middle_of_a_pause(fleet: Any, what: str) -> 
         first.kill(100)
     state = await fleet.ended(rollout)
     assert state.status == "halted", state.reason
-    error = next(each for each in _report(fleet).vms if each.vm == "vm-100").error
+    error = outcome_of(fleet, "vm-100").error
     if what == "resumes":
         assert "somebody else resumed it" in error
     elif what == "migrates":
         assert "migrated away" in error
         await fleet.sandbox.until(
-            lambda: _vm(fleet, "host-1", "vm-100") is None, 10, "it is another node's VM"
+            lambda: vm_of(fleet, "host-1", "vm-100") is None, 10, "it is another node's VM"
         )
     else:
         assert "ended while it was paused" in error
@@ -144,7 +119,7 @@ async def test_a_locked_vm_keeps_a_rollout_from_pausing_anything_of_its_host(fle
     first = fleet.nodes[0]
     first.set_lock(100, "snapshot")
     await fleet.sandbox.until(
-        lambda: "lock: snapshot" in _vm(fleet, "host-1", "vm-100").methods_missing.get("freeze", ""),
+        lambda: "lock: snapshot" in vm_of(fleet, "host-1", "vm-100").methods_missing.get("freeze", ""),
         10,
         "the lock is shown",
     )
@@ -165,7 +140,7 @@ async def test_a_locked_vm_keeps_a_rollout_from_pausing_anything_of_its_host(fle
     assert "vm-100" not in {vm for vm, _ in _pauses(fleet)}
 
 
-async def test_the_doctor_looks_at_each_vm(fleet: Any) -> None:
+async def test_the_doctor_looks_at_eachvm_of(fleet: Any) -> None:
     first = fleet.nodes[0]
     first.config(102, "mail", tags=("caesura-set-mail",))
     _, own = fleet.sandbox.environments["host-1"]

@@ -159,6 +159,11 @@ LANES = {
         "pytest -q -s tests/e2e/soak",
         named=True,
     ),
+    "takeover": Lane(
+        "two coordinators on one PostgreSQL: started at once a hundred times, and every loss of the leader in every state of a wave (half an hour)",
+        "CAESURA_TEST_TAKEOVER_ALL=1 pytest -q tests/e2e/high_availability",
+        named=True,
+    ),
     "mutation": Lane(
         "plants each defect of tests/mutation/mutations.toml in a copy of the tree; some test must notice it (minutes)",
         "python tests/mutation/run.py",

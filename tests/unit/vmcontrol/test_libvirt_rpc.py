@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from caesura_vmcontrol.libvirt_control import libvirt_condition, resume_domain
+from caesura_vmcontrol.libvirt_control import (
+    DomainBusy,
+    libvirt_condition,
+    resume_domain,
+    why_not_ours,
+)
 from caesura_vmcontrol.libvirt_rpc import (
     Libvirt,
     LibvirtGone,
@@ -53,8 +59,23 @@ def good(procedure: int, serial: int, arguments: bytes) -> bytes | None:
             return reply(procedure, serial, body)
         case 212:
             return reply(procedure, serial, struct.pack(">ii", 3, 1))
+        case 298:
+            return reply(procedure, serial, struct.pack(">iI", 0, 0))
         case _:
             return reply(procedure, serial)
+
+
+def with_job(operation: int) -> Answer:
+    """As ``good``, while something is done with the domain (virDomainJobOperation)."""
+
+    def answer(procedure: int, serial: int, arguments: bytes) -> bytes | None:
+        if procedure != 298:
+            return good(procedure, serial, arguments)
+        elapsed = struct.pack(">I", 12) + b"time_elapsed" + struct.pack(">iQ", 4, 1234)
+        name = struct.pack(">I", 9) + b"operation\0\0\0" + struct.pack(">ii", 1, operation)
+        return reply(procedure, serial, struct.pack(">iI", 2, 2) + elapsed + name)
+
+    return answer
 
 
 class Daemon:
@@ -130,6 +151,55 @@ def test_what_a_migration_a_dump_or_an_io_error_has_paused_is_not_ours(daemon: D
     daemon.answer = answer
     assert libvirt_condition(plan(daemon)) == "gone"
     resume_domain(plan(daemon))
+    assert 28 not in daemon.called
+
+
+def test_a_domain_that_is_being_migrated_is_left_to_the_migration(daemon: Daemon) -> None:
+    """A resume would wait behind it and keep a worker of the daemon from others; where it arrives it is paused as it was here."""
+    daemon.answer = with_job(5)
+    assert libvirt_condition(plan(daemon)) == "gone"
+    assert "migrating" in why_not_ours(plan(daemon))
+    resume_domain(plan(daemon))
+    assert 28 not in daemon.called
+
+
+@pytest.mark.parametrize("job", [2, 6, 8])
+def test_a_domain_that_is_saved_or_dumped_is_resumed_when_that_has_ended(daemon: Daemon, job: int) -> None:
+    daemon.answer = with_job(job)
+    assert libvirt_condition(plan(daemon)) == "held"
+    with pytest.raises(DomainBusy, match="libvirt is"):
+        resume_domain(plan(daemon))
+    assert 28 not in daemon.called
+    daemon.answer = good
+    resume_domain(plan(daemon))
+    assert daemon.called[-1] == 28
+
+
+def test_a_job_that_lets_domains_be_resumed_keeps_nobody(daemon: Daemon) -> None:
+    """A backup, which may take hours."""
+    daemon.answer = with_job(9)
+    assert libvirt_condition(plan(daemon)) == "frozen"
+    resume_domain(plan(daemon))
+    assert daemon.called[-1] == 28
+
+
+def test_a_daemon_without_jobs_is_one_too(daemon: Daemon) -> None:
+    def answer(procedure: int, serial: int, arguments: bytes) -> bytes | None:
+        if procedure == 298:
+            return reply(procedure, serial, refusal(3, "unknown procedure"), status=1)
+        return good(procedure, serial, arguments)
+
+    daemon.answer = answer
+    assert libvirt_condition(plan(daemon)) == "frozen"
+
+
+def test_a_domain_whose_process_has_ended_is_over_though_its_id_was_given_again(daemon: Daemon) -> None:
+    """As by a daemon that was restarted: it counts on from the highest id that runs."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    past = LibvirtPlan("web-1", daemon.path, "qemu:///system", _UUID, 7, ended.pid, 1)
+    assert libvirt_condition(past) == "gone"
+    resume_domain(past)
     assert 28 not in daemon.called
 
 

@@ -52,6 +52,9 @@ class LibvirtConnection:
         self._binding = binding
         self._changed = changed
         self._lock = threading.Lock()
+        self._ended = threading.Condition()
+        self._migrated: dict[str, bool] = {}
+        """UUIDs of domains that ended since they were last started, and whether they did so by a migration to another host."""
         self._libvirt: ModuleType | None = None
         self._open: Any = None
 
@@ -72,8 +75,9 @@ class LibvirtConnection:
                 connection = libvirt.open(self._uri)
                 connection.setKeepAlive(_KEEP_ALIVE_S, _KEEP_ALIVES)
                 connection.registerCloseCallback(lambda *_: self._changed(), None)
+                lifecycle = libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE
+                connection.domainEventRegisterAny(None, lifecycle, self._on_lifecycle, None)
                 for event in (
-                    libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE,
                     libvirt.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE,
                     libvirt.VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE,
                 ):
@@ -82,6 +86,24 @@ class LibvirtConnection:
                 raise LibvirtError(_words(error)) from error
             self._open = connection
             return connection
+
+    def _on_lifecycle(self, _connection: Any, domain: Any, event: int, detail: int, _: Any) -> None:
+        """In libvirt's thread."""
+        libvirt = self._module()
+        uuid = domain.UUIDString()
+        with self._ended:
+            if event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
+                self._migrated[uuid] = detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED
+            elif event == libvirt.VIR_DOMAIN_EVENT_STARTED:
+                self._migrated.pop(uuid, None)
+            self._ended.notify_all()
+        self._changed()
+
+    def was_migrated(self, uuid: str, patience_s: float) -> bool:
+        """Whether a domain that has ended was migrated to another host; False where nothing tells within ``patience_s``."""
+        with self._ended:
+            self._ended.wait_for(lambda: uuid in self._migrated, patience_s)
+            return self._migrated.get(uuid, False)
 
     def version(self) -> str:
         """Of the daemon, such as ``9.0.0``. Raises NoBinding, LibvirtError."""
@@ -97,11 +119,17 @@ class LibvirtConnection:
         return found
 
     def _found(self, domain: Any) -> FoundDomain:
-        number = domain.ID()
+        libvirt = self._module()
+        number, uuid = domain.ID(), domain.UUIDString()
+        away = number <= 0 and domain.state() == [
+            libvirt.VIR_DOMAIN_SHUTOFF,
+            libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED,
+        ]
         return FoundDomain(
             name=domain.name(),
-            uuid=domain.UUIDString(),
+            uuid=uuid,
             number=number,
+            migrated=away,
             label=self._label(domain),
             agent_connected=number > 0 and _agent_connected(domain.XMLDesc()),
             persistent=bool(domain.isPersistent()),

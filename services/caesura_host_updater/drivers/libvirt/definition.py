@@ -145,6 +145,7 @@ class FoundDomain(msgspec.Struct, frozen=True, kw_only=True):
         label: our element in its metadata; empty: it has none.
         agent_connected: whether a guest agent has opened its port in the guest.
         persistent: whether it stays defined when it ends.
+        migrated: whether it is only its definition: the domain was migrated to another host.
     """
 
     name: str
@@ -153,6 +154,7 @@ class FoundDomain(msgspec.Struct, frozen=True, kw_only=True):
     label: str = ""
     agent_connected: bool = False
     persistent: bool = True
+    migrated: bool = False
 
 
 def vms_of(
@@ -165,7 +167,7 @@ def vms_of(
     named: list[tuple[bool, LibvirtVm]] = []
     passed: dict[str, str] = {}
     for domain in domains:
-        if which == "labelled" and not domain.label:
+        if domain.migrated or (which == "labelled" and not domain.label):
             continue
         vm = _vm_of(domain)
         try:

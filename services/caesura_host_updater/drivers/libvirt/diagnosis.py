@@ -73,10 +73,10 @@ def _of_domain(
             f"{called} is in no set: nothing keeps it and its peers from being paused at once",
             f"caesura libvirt label '{vm.domain_name}' --set SET --update-domain N",
         )
-    if domain.number <= 0:
+    plan = plan_of_domain(vm, domain.number, socket, options.uri) if domain.number > 0 else None
+    if plan is None:
         yield ok("libvirt.domain", f"{called} does not run")
         return
-    plan = plan_of_domain(vm, domain.number, socket, options.uri)
     try:
         state = libvirt_condition(plan)
     except OSError as error:

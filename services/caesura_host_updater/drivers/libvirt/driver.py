@@ -11,19 +11,28 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from caesura.contract.messages import Method, VmState
+from caesura.contract.messages import Method, ProofCode, VmState
 from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread, in_thread_to_its_end
 from caesura_host_updater.drivers.clock_setting import set_clock
+from caesura_host_updater.drivers.found_vms import SingleLook, VmsOfOperation, log_members, log_passed
 from caesura_host_updater.drivers.guest_agent import read_boot_id
 from caesura_host_updater.drivers.libvirt.agent import libvirt_agent
 from caesura_host_updater.drivers.libvirt.connection import LibvirtConnection, existing_socket
-from caesura_host_updater.drivers.libvirt.definition import FoundDomain, LibvirtOptions, LibvirtVm, vms_of
-from caesura_host_updater.drivers.libvirt.resume_paths import plan_of_domain
+from caesura_host_updater.drivers.libvirt.definition import LibvirtOptions, LibvirtVm
+from caesura_host_updater.drivers.libvirt.domain_view import DomainView, look_at_domains
+from caesura_host_updater.drivers.libvirt.guest_memory import (
+    GuestMemory,
+    memory_digest_of,
+    sampled_memory_of,
+)
+from caesura_host_updater.drivers.libvirt.restarting import DomainRestarter
+from caesura_host_updater.drivers.libvirt.resume_paths import is_same_life
 from caesura_host_updater.drivers.port import (
     Capabilities,
     ClockSet,
@@ -31,15 +40,15 @@ from caesura_host_updater.drivers.port import (
     FreezeFailed,
     NotPossible,
     NotRunningYet,
-    ShutdownFailed,
 )
 from caesura_host_updater.drivers.remote_pauses import LatePauses, ResumeTries
-from caesura_host_updater.drivers.shutdown_requests import ShutdownRequests
 from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.libvirt_control import (
+    MIGRATES,
+    DomainLook,
     DomainNotPaused,
     DomainPausedBefore,
-    conditions,
+    look_at,
     suspend_domain,
     why_not_ours,
 )
@@ -51,7 +60,7 @@ _LOOK_S = 5.0  # s: between two looks without an event
 _ASK_S = 5.0  # s: for a list of the domains; it takes milliseconds
 _SETTLE_S = 0.02  # s: events of one change come together
 _STEP_S = 0.005  # s: between two looks at a domain that is to be paused or to run
-_POLL_S = 0.1  # s: between two looks at a domain that shuts down
+_ENDING_S = 3.0  # s: from the end of a process until libvirt tells why; some milliseconds are usual, it cleans up first
 _STATES: dict[Condition, VmState] = {
     "running": "running",
     "held": "paused",
@@ -71,6 +80,9 @@ _NOT_PAST_A_HANG = (
     "a daemon of libvirt's that hangs (not: one that is dead) keeps it paused, beyond its budget if need be: a QMP socket of the"
     " domain's own helps"
 )
+_STARTED_AGAIN = "it was started again in its pause: what its memory held is lost"
+_MIGRATED = "it was migrated to another host in its pause, and is paused there as it was here: there, `virsh resume {}`"
+_MIGRATING = f"{MIGRATES}, where it is paused as it was here: there, `virsh resume {{}}`; if the migration fails, it is resumed here"
 _PAUSED_BEFORE = "it was paused by somebody else before anything was done: resume it with `virsh resume`"
 
 _log = get_logger("caesura.driver")
@@ -83,32 +95,31 @@ class LibvirtDriver:
         options: the host file's table ``[libvirt]``.
         sockets: where the daemon may listen; the first that exists is used.
         state_dir: where shutdown requests are noted.
+        max_digest_bytes: memory above this is not digested whole.
     """
 
     name = "libvirt"
 
-    def __init__(self, options: LibvirtOptions, sockets: tuple[str, ...], state_dir: Path) -> None:
+    def __init__(
+        self, options: LibvirtOptions, sockets: tuple[str, ...], state_dir: Path, max_digest_bytes: int = 0
+    ) -> None:
         self._options = options
         self._sockets = sockets
+        self._max_digest_bytes = max_digest_bytes
         self._folder = state_dir / "vms"
-        self._requests = ShutdownRequests(self._folder)
         self._connection: LibvirtConnection | None = None
         self._socket = ""
-        self._vms: dict[str, LibvirtVm] = {}
-        self._plans: dict[str, LibvirtPlan] = {}
+        self.vms: dict[str, LibvirtVm] = {}
+        self.plans: dict[str, LibvirtPlan] = {}
         """Domains that run, paused or not."""
-        self._found: dict[str, FoundDomain] = {}
-        self._passed: dict[str, str] = {}
-        self._held: set[str] = set()
-        """VMs of an operation: they stay members until it is over, wherever their domain is."""
+        self._seen = DomainView()
+        self._held: VmsOfOperation[LibvirtPlan] = VmsOfOperation(is_same_life)
         self._left: dict[str, str] = {}
         self._late = LatePauses(self._plan, "libvirt")
-        self._down: set[str] = set()
-        """VMs that were asked to shut down and do not run again yet."""
         self._tries = ResumeTries()
-        self._version = ""
         self._error = "libvirt was not asked yet"
-        self._asking: asyncio.Future[None] | None = None
+        self._domains = SingleLook(self._ask, _ASK_S, self._silent)
+        self._restarter = DomainRestarter(self, self._connected, self._domains.take, self._folder)
         self._event = asyncio.Event()
         self._change = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None
@@ -130,11 +141,8 @@ class LibvirtDriver:
                 loop.call_soon_threadsafe(self._event.set)
 
         self._connection = LibvirtConnection(self._options.uri, self._socket, self._options.binding, changed)
-        await self._ask()
-        for vm in self._vms:
-            if await in_thread("shutdown request", partial(self._requests.left_s, vm)):
-                self._down.add(vm)
-        await self._start_ended()
+        await self._domains.take()
+        await self._restarter.open()
         self._change.clear()  # what is found at the start has not changed
         self._looking = asyncio.create_task(self._look(), name="look at domains")
 
@@ -160,46 +168,25 @@ class LibvirtDriver:
                     await self._event.wait()
             await asyncio.sleep(_SETTLE_S)
             self._event.clear()
-            await self._ask()
-            await self._start_ended()
+            await self._domains.take()
+            if await self._restarter.start_ended(self._held):
+                self._change.set()
             await self._late.undo()
 
-    async def _ask(self) -> None:
-        """Ask for the domains; one question at a time, however long the daemon takes."""
-        if self._asking is None or self._asking.done():
-            self._asking = asyncio.ensure_future(self._ask_once())
-        await asyncio.wait([self._asking], timeout=_ASK_S)
-        if not self._asking.done():
-            self._failed(f"libvirt at {self._socket} does not answer within {_ASK_S:g} s")
+    def _silent(self) -> None:
+        self._failed(f"libvirt at {self._socket} does not answer within {_ASK_S:g} s")
 
-    async def _ask_once(self) -> None:
+    async def _ask(self) -> None:
         connection = self._connected()
 
-        def ask() -> tuple[
-            str, list[FoundDomain], dict[str, LibvirtPlan], tuple[LibvirtVm, ...], dict[str, str]
-        ]:
-            version = self._version or connection.version()
-            domains = connection.domains()
-            vms, passed = vms_of(domains, self._options.domains)
-            numbers = {domain.uuid: domain.number for domain in domains if domain.number > 0}
-            plans = {vm.name: self._known_plan(vm, numbers[vm.uuid]) for vm in vms if vm.uuid in numbers}
-            return version, domains, plans, vms, passed
-
+        ask = partial(look_at_domains, connection, self._options, self._socket, self._seen)
         try:
-            version, domains, plans, vms, passed = await in_thread("domains", ask)
+            view = await in_thread("domains", ask)
         except OSError as error:
-            self._version = ""
+            self._seen = replace(self._seen, version="")  # it may be another one when it answers again
             self._failed(str(error))
         else:
-            self._version = version
-            self._take(domains, plans, vms, passed)
-
-    def _known_plan(self, vm: LibvirtVm, number: int) -> LibvirtPlan:
-        """In a thread. One that has its process is made once; paths and rights may change with a restart of the domain only."""
-        known = self._plans.get(vm.name)
-        if known is not None and (known.uuid, known.number) == (vm.uuid, number) and known.pid:
-            return known
-        return plan_of_domain(vm, number, self._socket, self._options.uri)
+            self._take(view)
 
     def _failed(self, why: str) -> None:
         if why != self._error:
@@ -207,37 +194,20 @@ class LibvirtDriver:
             self._error = why
             self._change.set()
 
-    def _take(
-        self,
-        domains: list[FoundDomain],
-        plans: dict[str, LibvirtPlan],
-        vms: tuple[LibvirtVm, ...],
-        passed: dict[str, str],
-    ) -> None:
-        members = {vm.name: vm for vm in vms}
-        held = {name: vm for name, vm in self._vms.items() if name in self._held and name not in members}
-        members |= held
-        if self._error or (members, plans, passed) != (self._vms, self._plans, self._passed):
+    def _take(self, view: DomainView) -> None:
+        members = dict(view.vms)
+        for name in self.vms.keys() & set(self._held) - members.keys():
+            members[name] = self.vms[name]
+        if self._error or (members, view) != (self.vms, self._seen):
             self._change.set()
-        for name in members.keys() - self._vms.keys():
-            _log.info("vm.found", vm=name, domain=members[name].domain_name)
-        for name in self._vms.keys() - members.keys():
-            _log.warning(
-                "vm.left",
-                vm=name,
-                domain=self._vms[name].domain_name,
-                hint="it was undefined, or migrated away",
-            )
-        for domain, why in passed.items():
-            if self._passed.get(domain) != why:
-                _log.warning("discovery.passed_over", place=domain, why=why)
-        self._left = {vm: why for vm, why in self._left.items() if vm in plans}
-        self._vms, self._plans, self._passed, self._error = members, plans, passed, ""
-        self._found = {domain.uuid: domain for domain in domains}
+        log_members(_called(self.vms), _called(members), "it was undefined, or migrated away")
+        log_passed(self._seen.passed, view.passed)
+        self._left = {vm: why for vm, why in self._left.items() if vm in view.plans or vm in self._held}
+        self._seen, self.vms, self.plans, self._error = view, members, view.plans, ""
 
     def members(self) -> tuple[LibvirtVm, ...]:
         """The VMs that there are now."""
-        return tuple(self._vms.values())
+        return tuple(self.vms.values())
 
     def _connected(self) -> LibvirtConnection:
         if self._connection is None:
@@ -248,34 +218,42 @@ class LibvirtDriver:
 
     def detail(self) -> str:
         """The daemon, and the domains that cannot be VMs."""
-        text = f"libvirt {self._version}, {self._options.uri}" if self._version else "no answer of libvirt"
-        passed = "; ".join(f"{domain}: {why}" for domain, why in sorted(self._passed.items()))
+        text = (
+            f"libvirt {self._seen.version}, {self._options.uri}"
+            if self._seen.version
+            else "no answer of libvirt"
+        )
+        passed = "; ".join(f"{domain}: {why}" for domain, why in sorted(self._seen.passed.items()))
         return f"{text}; not a VM: {passed}" if passed else text
 
     def ping(self) -> str:
         """Names domains that do not run or cannot be VMs, and a daemon that does not answer."""
         down = [
             f"{vm} ({self.health_error(vm)})"
-            for vm in self._vms
-            if vm not in self._plans and vm not in self._down
+            for vm in self.vms
+            if vm not in self.plans and vm not in self._restarter.down
         ]
-        passed = [f"{domain} cannot be a VM: {why}" for domain, why in sorted(self._passed.items())]
+        passed = [f"{domain} cannot be a VM: {why}" for domain, why in sorted(self._seen.passed.items())]
         parts = [f"not running: {', '.join(down)}" if down else "", *passed, self._error]
         return "; ".join(filter(None, parts))
 
     def health_error(self, vm: str) -> str:
         """Why a domain does not run or cannot be paused, or who has paused it."""
-        spec = self._vms.get(vm)
+        spec = self.vms.get(vm)
         if spec is None:
             return "there is no such domain any more"
         if spec.label_error:
             return spec.label_error
-        return self._left.get(vm, "") or ("" if vm in self._plans else "its domain does not run")
+        if vm in self._left:
+            return self._left[vm]
+        if self._held.was_started_again(vm, self.plans.get(vm)):
+            return _STARTED_AGAIN
+        return "" if vm in self.plans else "its domain does not run"
 
     def capabilities(self, vm: str) -> Capabilities:
         """Freeze and reboot, while the daemon answers and the domain's label can be read."""
-        spec = self._vms.get(vm)
-        found = self._found.get(spec.uuid) if spec is not None else None
+        spec = self.vms.get(vm)
+        found = self._seen.found.get(spec.uuid) if spec is not None else None
         missing = dict(_MISSING)
         wrong = self._error or (spec.label_error if spec is not None else self.health_error(vm))
         methods: list[Method] = ["live"]
@@ -287,33 +265,54 @@ class LibvirtDriver:
                 methods.append("reboot")
             else:
                 missing["reboot"] = "its domain is transient: nothing defines it once it has shut down"
-        plan = self._plans.get(vm)
+        plan = self.plans.get(vm)
         return Capabilities(
             methods=tuple(methods),
             missing=missing,
             clock="system" if found is not None and found.agent_connected else "none",
-            no_digest="its memory is libvirt's, and is not read from outside",
+            digests=self._digests(vm),
+            no_digest=self._seen.memories[vm].error
+            if vm in self._seen.memories
+            else "its domain does not run",
             pause_risk="" if plan is None else _risk(plan),
         )
 
+    def _digests(self, vm: str) -> tuple[ProofCode, ...]:
+        memory = self._seen.memories.get(vm)
+        if memory is None or memory.error:
+            return ()
+        if memory.size_bytes > self._max_digest_bytes:
+            return ("sampled_digest_equal",)
+        return ("digest_equal", "sampled_digest_equal")
+
     def process_of(self, vm: str) -> str:
         """``domain web.1 of libvirt (pid 4711)``."""
-        plan, spec = self._plans.get(vm), self._vms.get(vm)
+        plan, spec = self.plans.get(vm), self.vms.get(vm)
         if plan is None or spec is None:
             return ""
         return f"domain {spec.domain_name} of libvirt{f' (pid {plan.pid})' if plan.pid else ''}"
 
     async def read_states(self) -> Mapping[str, VmState]:
         """From libvirt, and from QEMU where that does not answer; in a thread."""
-        plans = dict(self._plans)
-        found = await in_thread("states", lambda: conditions(list(plans.values())))
-        states: dict[str, VmState] = dict.fromkeys(self._vms, "stopped")
-        for vm, state in found.items():
-            if vm in states:
-                states[vm] = "unknown" if state is None else _STATES[state]
+        plans = dict(self.plans)
+        found = await in_thread("states", lambda: look_at(list(plans.values())))
+        states: dict[str, VmState] = dict.fromkeys(self.vms, "stopped")
+        for vm, look in found.items():
+            if vm in states and not self._held.was_started_again(vm, plans[vm]):
+                states[vm] = _state_of(look)
                 if states[vm] == "running":
                     self._left.pop(vm, None)
+        for vm in self._held:
+            if states.get(vm) == "stopped" and await self._was_migrated(vm):
+                states[vm] = "unknown"
         return states
+
+    async def _was_migrated(self, vm: str) -> bool:
+        """Whether a domain of an operation that is over here was migrated to another host."""
+        if self._held.was_started_again(vm, self.plans.get(vm)):
+            return False
+        ask = partial(self._connected().was_migrated, self.vms[vm].uuid, _ENDING_S)
+        return await in_thread(f"end of {vm}", ask)
 
     # -- freezing -----------------------------------------------------------------------------------------
 
@@ -321,34 +320,33 @@ class LibvirtDriver:
         """Nothing to get ready for a freeze; the VM stays a member from now on."""
         if method in _MISSING:
             raise NotPossible(vm, _MISSING[method])
-        if vm in self._vms:
+        if vm in self.vms:
             self._held.add(vm)
 
     async def release(self, vm: str) -> None:
         """Nothing was prepared."""
-        if vm in self._held:
-            self._held.discard(vm)
+        if self._held.remove(vm):
             self._event.set()
 
     def _plan(self, vm: str) -> LibvirtPlan | None:
-        return self._plans.get(vm)
+        return self.plans.get(vm)
 
     def resume_plan(self, vm: str) -> LibvirtPlan:
         """Through libvirt, and past it where there is a way."""
-        plan = self._plans.get(vm)
-        if plan is None:
+        plan = self.plans.get(vm)
+        if plan is None or (plan.pid and not alive(plan.pid, plan.start_ticks)):
             raise DriverError(vm, self.health_error(vm) or "its domain does not run")
         return plan
 
     async def freeze(self, vm: str, by: float) -> None:
         """Have libvirt suspend it, then look until it says that it is paused."""
-        plan, spec = self._plans.get(vm), self._vms.get(vm)
+        plan, spec = self.plans.get(vm), self.vms.get(vm)
         if plan is None or spec is None:
             raise FreezeFailed(vm, "is not running")
         if spec.label_error:
             raise FreezeFailed(vm, spec.label_error)
         self._left.pop(vm, None)
-        self._held.add(vm)
+        self._held.pausing(vm, plan)
         await in_thread_to_its_end(f"freeze {vm}", lambda stop: self._freeze(plan, by, stop))
 
     def _freeze(self, plan: LibvirtPlan, by: float, stop: threading.Event) -> None:
@@ -388,13 +386,17 @@ class LibvirtDriver:
         """Through libvirt, or past it where there is a way; then it must be seen to run."""
         if vm in self._left:
             return "left"
+        if self._held.was_started_again(vm, self.plans.get(vm)):
+            return "gone"
         result = await self._tries.resume(
             vm, timeout_s, lambda: self._resume(vm, timeout_s), "libvirt has not resumed it"
         )
+        if result == "gone" and vm in self._held and vm not in self._left and await self._was_migrated(vm):
+            self._left[vm] = _MIGRATED.format(self.vms[vm].domain_name)
         return "left" if vm in self._left else result
 
     def _resume(self, vm: str, timeout_s: float) -> Literal["running", "gone"]:
-        plan = self._plans.get(vm)
+        plan = self.plans.get(vm)
         if plan is None:
             return "gone"
         until = time.monotonic() + timeout_s
@@ -415,69 +417,51 @@ class LibvirtDriver:
         with suppress(OSError):
             if theirs := why_not_ours(plan):
                 self._left[vm] = theirs
+                if theirs == MIGRATES:
+                    self._left[vm] = _MIGRATING.format(self.vms[vm].domain_name)
+                    self._late.expect(vm)
         return "gone"
 
     # -- shutting down ------------------------------------------------------------------------------------
 
     async def shut_down(self, vm: str, by: float) -> str:
         """By libvirt, which asks the guest's agent or ACPI; nothing is killed."""
-        plan, spec = self._plans.get(vm), self._vms.get(vm)
-        if spec is None:
-            raise ShutdownFailed(vm, "there is no such domain any more")
-        self._down.add(vm)
-        if plan is None:
-            return "itself"
-        try:
-            await in_thread("shutdown request", partial(self._requests.note, vm))
-            async with asyncio.timeout(max(by - time.monotonic(), 0.01)):
-                await in_thread(f"shut down {vm}", partial(self._connected().shut_down, spec.uuid))
-        except (OSError, TimeoutError) as error:
-            if not await _ended(plan):
-                raise ShutdownFailed(
-                    vm, f"it could not be asked: {error or 'libvirt does not answer'}"
-                ) from error
-        while not await _ended(plan):
-            if time.monotonic() >= by:
-                raise ShutdownFailed(
-                    vm, "its guest was asked by libvirt and runs on; it was not killed", asked=True
-                )
-            await asyncio.sleep(_POLL_S)
-        self._plans.pop(vm, None)
-        return "libvirt"
+        return await self._restarter.shut_down(vm, by)
 
     async def start(self, vm: str, down_by: float) -> bool:
         """Start the domain when it has ended; it is up when libvirt says that it runs."""
-        was_down = vm in self._down
-        plan = self._plans.get(vm)
-        if was_down and plan is not None:
-            while not await _ended(plan) and time.monotonic() < down_by:  # noqa: ASYNC110 - a process of somebody else's
-                await asyncio.sleep(_POLL_S)
-        if plan is not None and not await _ended(plan):
-            return False  # it is started when it ends: see `_start_ended`
-        await self._start(vm)
-        return was_down
+        return await self._restarter.start(vm, down_by)
 
-    async def _start(self, vm: str) -> None:
-        spec = self._vms.get(vm)
-        if spec is None:
-            raise DriverError(vm, "there is no such domain any more")
+    # -- memory -------------------------------------------------------------------------------------------
+
+    async def memory_digest(self, vm: str, stop_at: float) -> str | None:
+        """BLAKE2b over its memory, where that is a file that this user may read."""
+        plan, memory = self._readable(vm)
+        if memory.size_bytes > self._max_digest_bytes:
+            raise NotPossible(
+                vm,
+                f"its memory of {memory.size_bytes} bytes is above the limit for digests of all memory, {self._max_digest_bytes} bytes",
+            )
         try:
-            await in_thread(f"start {vm}", partial(self._connected().start, spec.uuid))
-        except OSError as error:
-            raise DriverError(vm, f"it cannot be started: {error}") from error
-        await self._ask()
-        if vm not in self._plans:
-            raise DriverError(vm, "it was started, and does not run")
-        self._down.discard(vm)
-        await in_thread("shutdown request", partial(self._requests.forget, vm))
-        self._change.set()
+            return await in_thread(f"digest of {vm}", partial(memory_digest_of, plan, stop_at))
+        except (OSError, ValueError) as error:
+            raise DriverError(vm, f"its memory cannot be read: {error}") from error
 
-    async def _start_ended(self) -> None:
-        """VMs that were asked to shut down, did not in time, and have ended since."""
-        for vm in list(self._down - self._held):
-            if vm in self._vms and vm not in self._plans:
-                with suppress(DriverError):
-                    await self._start(vm)
+    async def sampled_digest(self, vm: str, seed: str) -> str:
+        """BLAKE2b over pages of it."""
+        plan, _ = self._readable(vm)
+        try:
+            return await in_thread(f"sample of {vm}", partial(sampled_memory_of, plan, seed))
+        except (OSError, ValueError) as error:
+            raise DriverError(vm, f"its memory cannot be read: {error}") from error
+
+    def _readable(self, vm: str) -> tuple[LibvirtPlan, GuestMemory]:
+        plan, memory = self.plans.get(vm), self._seen.memories.get(vm)
+        if plan is None or memory is None:
+            raise NotPossible(vm, "its domain does not run")
+        if memory.error:
+            raise NotPossible(vm, memory.error)
+        return plan, memory
 
     # -- clock --------------------------------------------------------------------------------------------
 
@@ -490,23 +474,24 @@ class LibvirtDriver:
         return await read_boot_id(vm, partial(libvirt_agent, vm, self._uuid(vm), self._connected()))
 
     def _uuid(self, vm: str) -> str:
-        spec = self._vms.get(vm)
-        found = self._found.get(spec.uuid) if spec is not None else None
+        spec = self.vms.get(vm)
+        found = self._seen.found.get(spec.uuid) if spec is not None else None
         if spec is None or found is None or not found.agent_connected:
             raise NotPossible(vm, "no guest agent has opened its port in the guest (org.qemu.guest_agent.0)")
         return spec.uuid
+
+
+def _state_of(look: DomainLook | None) -> VmState:
+    if look is None or look.migrated:
+        return "unknown"  # elsewhere it may run or be paused, which nobody here can know; `resume` names it
+    return "paused" if look.not_ours else _STATES[look.condition]
+
+
+def _called(vms: Mapping[str, LibvirtVm]) -> dict[str, str]:
+    return {name: vm.domain_name for name, vm in vms.items()}
 
 
 def _risk(plan: LibvirtPlan) -> str:
     if not plan.qmp:
         return _NOTHING_BUT_THE_DAEMON
     return _NOT_PAST_A_HANG if all(path.endswith("/monitor.sock") for path in plan.qmp) else ""
-
-
-async def _ended(plan: LibvirtPlan) -> bool:
-    if plan.pid:
-        return not alive(plan.pid, plan.start_ticks)
-    try:
-        return await in_thread(f"look at {plan.vm}", partial(condition, plan)) == "gone"
-    except OSError:
-        return False

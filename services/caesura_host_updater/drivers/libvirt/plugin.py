@@ -35,4 +35,5 @@ class LibvirtPlugin(DriverPlugin[LibvirtVm, LibvirtOptions]):
         """Does not connect yet."""
         from caesura_host_updater.drivers.libvirt.driver import LibvirtDriver  # noqa: PLC0415
 
-        return LibvirtDriver(setup.options, sockets_of(setup.options, setup.environ), setup.state_dir)
+        sockets = sockets_of(setup.options, setup.environ)
+        return LibvirtDriver(setup.options, sockets, setup.state_dir, setup.max_digest_bytes)

@@ -15,18 +15,30 @@ _MONITOR = "/monitor.sock"
 _LISTENING = 0x10000  # __SO_ACCEPTCON of linux/net.h, in the column Flags of /proc/net/unix
 
 
-def plan_of_domain(vm: LibvirtVm, number: int, socket: str, uri: str) -> LibvirtPlan:
-    """The plan of a domain that runs; without its process where that cannot be seen from here."""
+def plan_of_domain(vm: LibvirtVm, number: int, socket: str, uri: str) -> LibvirtPlan | None:
+    """The plan of a domain that runs; without its process where that cannot be seen from here.
+
+    None: its process has ended, and the daemon has not noticed it yet.
+    """
     for file in pid_files(socket, vm.domain_name):
         with suppress(OSError, ValueError):
             pid = int(Path(file).read_text(encoding="ascii"))
             process = read_process(pid)
+            if process is None:
+                return None
             arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-            if process is not None and vm.uuid in arguments:
+            if vm.uuid in arguments:
                 paths = [*qmp_sockets(arguments), *monitor_sockets(pid)]
                 usable = tuple(path for path in paths if os.access(path, os.W_OK))
                 return LibvirtPlan(vm.name, socket, uri, vm.uuid, number, pid, process.start_ticks, usable)
     return LibvirtPlan(vm.name, socket, uri, vm.uuid, number, 0, 0)
+
+
+def is_same_life(one: LibvirtPlan, other: LibvirtPlan) -> bool:
+    """Whether two plans are of one life of a domain. Its process counts where both know it: ids are given again by a restarted daemon."""
+    if one.pid and other.pid:
+        return (one.pid, one.start_ticks) == (other.pid, other.start_ticks)
+    return one.number == other.number
 
 
 def monitor_sockets(pid: int) -> list[str]:

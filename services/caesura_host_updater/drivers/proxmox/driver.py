@@ -7,6 +7,7 @@ has of a guest is asked, never listened for: the events would need a connection 
 from __future__ import annotations
 
 import asyncio
+import operator
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +22,7 @@ from caesura.contract.messages import Method, VmState
 from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread, in_thread_to_its_end
 from caesura_host_updater.drivers.clock_setting import set_clock
+from caesura_host_updater.drivers.found_vms import SingleLook, VmsOfOperation, log_members, log_passed
 from caesura_host_updater.drivers.guest_agent import guest_agent, read_boot_id
 from caesura_host_updater.drivers.port import (
     Capabilities,
@@ -90,19 +92,17 @@ class ProxmoxDriver:
         self._passed: dict[str, str] = {}
         self._here: frozenset[str] = frozenset()
         """VMs that have a configuration on this node."""
-        self._held: set[str] = set()
-        """VMs of an operation: they stay members until it is over, wherever their configuration is."""
+        self._held: VmsOfOperation[QemuPlan] = VmsOfOperation(operator.eq)
         self._left: dict[str, str] = {}
         self._untouched: set[str] = set()
         """VMs that were to be paused, and to which nothing was done: if one is paused now, somebody else paused it."""
-        self._stopped: dict[str, QemuPlan] = {}
-        """The processes that were to be paused: another one that has the VM's id now was started in its pause."""
         self._ran: set[str] = set()
         """VMs that were seen to run since the driver was opened."""
         self._guests: dict[str, tuple[QemuPlan, float, GuestState | None]] = {}
         """QEMU's last answer for each VM, and when it came; None: there was none."""
         self._error = "the node's files were not read yet"
-        self._looking_now: asyncio.Future[None] | None = None
+        silence = f"{options.config_dir} does not answer within {_NODE_S:g} s"
+        self._node = SingleLook(self._read_files, _NODE_S, lambda: self._failed(silence))
         self._change = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None
         self._threads = ThreadPoolExecutor(max_workers=_WORKERS, thread_name_prefix="proxmox")
@@ -111,7 +111,7 @@ class ProxmoxDriver:
 
     async def open(self) -> None:
         """Find the VMs. Files that cannot be read are tried again."""
-        await self._look_once()
+        await self._node.take()
         await self._ask(self._plans)
         self._change.clear()  # what is found at the start has not changed
         self._looking = asyncio.create_task(self._look(), name="look at the Proxmox node")
@@ -131,15 +131,7 @@ class ProxmoxDriver:
     async def _look(self) -> None:
         while True:
             await asyncio.sleep(_LOOK_S)
-            await self._look_once()
-
-    async def _look_once(self) -> None:
-        """One look at a time, however long Proxmox's file system takes."""
-        if self._looking_now is None or self._looking_now.done():
-            self._looking_now = asyncio.ensure_future(self._read_files())
-        await asyncio.wait([self._looking_now], timeout=_NODE_S)
-        if not self._looking_now.done():
-            self._failed(f"{self._options.config_dir} does not answer within {_NODE_S:g} s")
+            await self._node.take()
 
     async def _read_files(self) -> None:
         known = dict(self._plans)
@@ -166,7 +158,7 @@ class ProxmoxDriver:
 
     def _take(self, view: NodeView) -> None:
         members, plans = dict(view.vms), dict(view.plans)
-        for name in self._vms.keys() & (self._held | view.unread.keys()) - members.keys():
+        for name in self._vms.keys() & ({*self._held} | view.unread.keys()) - members.keys():
             members[name] = msgspec.structs.replace(self._vms[name], read_error=view.unread.get(name, ""))
             plan = self._plans.get(name)
             if plan is not None and alive(plan.vmm.pid, plan.vmm.start_ticks):
@@ -180,16 +172,11 @@ class ProxmoxDriver:
         self._here = frozenset(view.vms) | view.unread.keys()
 
     def _log_changes(self, members: Mapping[str, ProxmoxVm], view: NodeView) -> None:
-        for name in members.keys() - self._vms.keys():
-            _log.info("vm.found", vm=name, called=members[name].called)
-        for name in self._vms.keys() - members.keys():
-            _log.warning("vm.left", vm=name, hint="it was destroyed, or migrated to another node")
-        for name in self._held & members.keys():
+        log_members(_called(self._vms), _called(members), "it was destroyed, or migrated to another node")
+        log_passed(self._passed, view.passed)
+        for name in members.keys() & set(self._held):
             if members[name].lock and members[name].lock != self._vms[name].lock:
                 _log.warning("vm.locked_in_pause", vm=name, lock=members[name].lock)
-        for place, why in view.passed.items():
-            if self._passed.get(place) != why:
-                _log.warning("discovery.passed_over", place=place, why=why)
 
     def members(self) -> tuple[ProxmoxVm, ...]:
         """The VMs that there are now."""
@@ -275,7 +262,7 @@ class ProxmoxDriver:
 
     async def _look_for_ended(self) -> None:
         """Whether a VM of an operation that has ended was migrated away: its configuration went first, maybe since the last look."""
-        for vm in self._held & self._here & (self._vms.keys() - self._plans.keys()):
+        for vm in self._here & {*self._held} & (self._vms.keys() - self._plans.keys()):
             with suppress(OSError):
                 read = partial(read_now, self._options, self._vms[vm].vmid, _CONFIG_S)
                 if await self._in_pool(read) is None:
@@ -344,7 +331,7 @@ class ProxmoxDriver:
         return "paused"
 
     def _is_another(self, vm: str) -> bool:
-        return vm in self._stopped and self._plans[vm] != self._stopped[vm]
+        return self._held.was_started_again(vm, self._plans.get(vm))
 
     # -- freezing -----------------------------------------------------------------------------------------
 
@@ -355,10 +342,8 @@ class ProxmoxDriver:
 
     async def release(self, vm: str) -> None:
         """The VM is a member as long as this node has its configuration."""
-        if vm in self._held:
-            self._held.discard(vm)
+        if self._held.remove(vm):
             self._untouched.discard(vm)
-            self._stopped.pop(vm, None)
             self._left.pop(vm, None)
             self._change.set()
 
@@ -376,8 +361,7 @@ class ProxmoxDriver:
             raise FreezeFailed(vm, "is not running")
         self._left.pop(vm, None)
         self._untouched.add(vm)
-        self._held.add(vm)
-        self._stopped[vm] = plan
+        self._held.pausing(vm, plan)
         try:
             await in_thread_to_its_end(f"freeze {vm}", lambda stop: self._freeze(plan, spec.vmid, by, stop))
         except _FrozenBefore as error:
@@ -496,6 +480,10 @@ class ProxmoxDriver:
         if not spec.guest_agent:
             raise NotPossible(vm, f"no guest agent is enabled for it: `qm set {spec.vmid} --agent 1`")
         return sockets_of(self._options.run_dir, spec.vmid)[1]
+
+
+def _called(vms: Mapping[str, ProxmoxVm]) -> dict[str, str]:
+    return {name: vm.called for name, vm in vms.items()}
 
 
 def _gone_text(spec: ProxmoxVm) -> str:

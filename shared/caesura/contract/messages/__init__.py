@@ -97,6 +97,7 @@ from caesura.contract.messages.requests import (
 from caesura.contract.messages.rollouts import (
     MOST_RIVALS,
     CoordinatorPresence,
+    CoordinatorStatus,
     FailedUpdate,
     RolloutState,
     VmOwner,
@@ -145,6 +146,7 @@ __all__ = [
     "ClockSyncAnswered",
     "ClockSyncRequested",
     "CoordinatorPresence",
+    "CoordinatorStatus",
     "Count",
     "DomainKey",
     "Epoch",

@@ -131,6 +131,23 @@ class CoordinatorPresence(Message, frozen=True, kw_only=True):
     in its inventory. Empty: a coordinator from before 0.1.0."""
 
 
+class CoordinatorStatus(Message, frozen=True, kw_only=True):
+    """A coordinator of several that share a store: whether it leads or stands by, and what it waits for. Nobody decides on it.
+
+    There is none of a coordinator that has a store of its own."""
+
+    TYPE: ClassVar[str] = "caesura.coordinator.status.v1"
+
+    coordinator: Name
+    """The name of its settings, which stays over restarts."""
+    online: bool
+    leads: bool
+    epoch: Annotated[int, Meta(ge=0, le=EPOCH_MOST)] = 0
+    """The one that it has claimed; 0: none in this run."""
+    waits_for: Annotated[str, Meta(max_length=500)] = ""
+    """What keeps it from its work, such as a database that does not answer: then no rollout moves. Of a standby: its turn."""
+
+
 class VmOwner(Message, frozen=True, kw_only=True):
     """Which host a VM belongs to. Retained; removed when no host names the VM any more. Only what this host says about the VM counts."""
 

@@ -1,0 +1,138 @@
+"""Domains that shut down by themselves for an update that needs a reboot, and are started again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from caesura.runtime.threads import in_thread
+from caesura_host_updater.drivers.libvirt.connection import LibvirtConnection
+from caesura_host_updater.drivers.libvirt.definition import LibvirtVm
+from caesura_host_updater.drivers.port import DriverError, ShutdownFailed
+from caesura_host_updater.drivers.shutdown_requests import ShutdownRequests
+from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
+from caesura_vmcontrol.procfs import alive
+from caesura_vmcontrol.vm_control import condition
+
+_POLL_S = 0.1  # s: between two looks at a domain that shuts down
+
+
+class Domains(Protocol):
+    """What the driver knows of them, as of its last look."""
+
+    @property
+    def vms(self) -> Mapping[str, LibvirtVm]:
+        """The members."""
+
+    @property
+    def plans(self) -> Mapping[str, LibvirtPlan]:
+        """Those that run, paused or not."""
+
+
+class DomainRestarter:
+    """See the module. All instants are seconds on CLOCK_MONOTONIC.
+
+    Args:
+        domains: the driver's view of them.
+        connected: the driver's connection.
+        look: has the view made again.
+        folder: where shutdown requests are noted.
+    """
+
+    def __init__(
+        self,
+        domains: Domains,
+        connected: Callable[[], LibvirtConnection],
+        look: Callable[[], Awaitable[None]],
+        folder: Path,
+    ) -> None:
+        self._domains = domains
+        self._connected = connected
+        self._look = look
+        self._requests = ShutdownRequests(folder)
+        self.down: set[str] = set()
+        """VMs that were asked to shut down and do not run again yet."""
+
+    async def open(self) -> None:
+        """Take over the VMs that a previous run asked: those that have ended are started."""
+        for vm in self._domains.vms:
+            if await in_thread("shutdown request", partial(self._requests.left_s, vm)):
+                self.down.add(vm)
+        await self.start_ended(())
+
+    async def shut_down(self, vm: str, by: float) -> str:
+        """By libvirt, which asks the guest's agent or ACPI; nothing is killed. Raises ShutdownFailed."""
+        plan, spec = self._domains.plans.get(vm), self._domains.vms.get(vm)
+        if spec is None:
+            raise ShutdownFailed(vm, "there is no such domain any more")
+        self.down.add(vm)
+        if plan is None:
+            return "itself"
+        try:
+            await in_thread("shutdown request", partial(self._requests.note, vm))
+            async with asyncio.timeout(max(by - time.monotonic(), 0.01)):
+                await in_thread(f"shut down {vm}", partial(self._connected().shut_down, spec.uuid))
+        except (OSError, TimeoutError) as error:
+            if not await has_ended(plan):
+                raise ShutdownFailed(
+                    vm, f"it could not be asked: {error or 'libvirt does not answer'}"
+                ) from error
+        while not await has_ended(plan):
+            if time.monotonic() >= by:
+                raise ShutdownFailed(
+                    vm, "its guest was asked by libvirt and runs on; it was not killed", asked=True
+                )
+            await asyncio.sleep(_POLL_S)
+        await self._look()
+        return "libvirt"
+
+    async def start(self, vm: str, down_by: float) -> bool:
+        """Start the domain when it has ended; it is up when libvirt says that it runs. Raises DriverError."""
+        was_down = vm in self.down
+        plan = self._domains.plans.get(vm)
+        if was_down and plan is not None:
+            while not await has_ended(plan) and time.monotonic() < down_by:  # noqa: ASYNC110 - a process of somebody else's
+                await asyncio.sleep(_POLL_S)
+        if plan is not None and not await has_ended(plan):
+            return False  # it is started when it ends: see `start_ended`
+        await self._start(vm)
+        return was_down
+
+    async def _start(self, vm: str) -> None:
+        spec = self._domains.vms.get(vm)
+        if spec is None:
+            raise DriverError(vm, "there is no such domain any more")
+        try:
+            await in_thread(f"start {vm}", partial(self._connected().start, spec.uuid))
+        except OSError as error:
+            raise DriverError(vm, f"it cannot be started: {error}") from error
+        await self._look()
+        if vm not in self._domains.plans:
+            raise DriverError(vm, "it was started, and does not run")
+        self.down.discard(vm)
+        await in_thread("shutdown request", partial(self._requests.forget, vm))
+
+    async def start_ended(self, of_operation: Iterable[str]) -> bool:
+        """Start VMs that did not shut down in time and have ended since, unless an operation has them. Whether there were any."""
+        started = False
+        for vm in self.down.difference(of_operation):
+            if vm in self._domains.vms and vm not in self._domains.plans:
+                with suppress(DriverError):
+                    await self._start(vm)
+                    started = True
+        return started
+
+
+async def has_ended(plan: LibvirtPlan) -> bool:
+    """Whether a domain is over in the plan's life; False where nobody says."""
+    if plan.pid:
+        return not alive(plan.pid, plan.start_ticks)
+    try:
+        return await in_thread(f"look at {plan.vm}", partial(condition, plan)) == "gone"
+    except OSError:
+        return False

@@ -1,0 +1,414 @@
+"""PostgreSQL as the home of rows that several processes share; the only module that uses ``psycopg``.
+
+One session each. The process whose session has the advisory lock leads; what keeps another from writing is the epoch in the row of
+``caesura.store``, which every transaction updates first and so holds. Everything here blocks, and is called in a thread.
+
+A leader gives a sign of life in the store's row. If it has given none for the lease, by a standby's own clock, that one has the server end the leader's session: one that is
+stopped or cut off keeps the lock no longer than that, whatever the network says.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import msgspec
+import psycopg
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
+
+from caesura.runtime.errors import NewerStore, StoreError
+from caesura.runtime.settings import Secret
+from caesura.runtime.shared_rows import Content, Row, TableChanges, TableColumns, WrongStore
+
+OLDEST = 14
+"""The oldest major version of the server: it has ``idle_session_timeout``."""
+
+_LOCK = 0x0CAE_5CA0
+"""Of the leader: advisory locks belong to a database, and each fleet has one of its own."""
+_LOCK_SCHEMA = _LOCK + 1
+"""Held while the schema is created."""
+_EXISTS = (
+    "SELECT EXISTS (SELECT FROM pg_catalog.pg_tables WHERE schemaname = 'caesura' AND tablename = 'store')"
+)
+_CHUNK_BYTES = 16 * 1024 * 1024
+"""bytes of rows in one statement: the server refuses 1 GB."""
+_TYPES = {"TEXT": "text", "BLOB": "bytea", "INTEGER": "bigint"}
+_REFUSED = ("password", "passfile", "service", "servicefile", "sslpassword")
+"""Parameters of the URL that would hold a secret, or take the connection elsewhere than the URL says."""
+
+
+class PostgresOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How to reach the database.
+
+    Raises:
+        WrongStore: the URL cannot be used; the text says why.
+    """
+
+    url: str
+    """``postgresql://user@host/database``; several hosts are separated by commas."""
+    password: Secret = msgspec.field(default_factory=Secret)
+    ca_file: str = ""
+    """CA certificates (PEM) of the server; empty: those of the system."""
+    fleet: str
+    name: str
+    """Of this process, as the server shows it."""
+    lease_s: float
+    """Seconds of silence after which a session is ended."""
+
+    def __post_init__(self) -> None:
+        self.parameters()
+
+    def parameters(self) -> dict[str, Any]:
+        """What libpq is called with, without the password (https://www.postgresql.org/docs/current/libpq-connect.html)."""
+        try:
+            given = conninfo_to_dict(self.url)
+        except psycopg.ProgrammingError as error:
+            raise WrongStore(
+                f"the store's URL cannot be read ({' '.join(str(error).split())}): write postgresql://user@host/database"
+            ) from None
+        for each in _REFUSED:
+            if each in given:
+                raise WrongStore(
+                    f"the store's URL must not have {each}: the password comes from the file that CAESURA_COORDINATOR_STORE_PASSWORD_FILE names"
+                )
+        if not given.get("dbname"):
+            raise WrongStore("the store's URL names no database: write postgresql://user@host/database")
+        if not given.get("host") and not given.get("hostaddr"):
+            raise WrongStore(
+                "the store's URL names no host: write postgresql://user@host/database, or for a unix socket ...?host=/var/run/postgresql"
+            )
+        milliseconds = round(self.lease_s * 1000)
+        settings = {
+            "statement_timeout": milliseconds,
+            "lock_timeout": milliseconds,
+            "idle_session_timeout": milliseconds,
+            "idle_in_transaction_session_timeout": milliseconds,
+            "tcp_user_timeout": milliseconds,
+            "tcp_keepalives_idle": max(1, round(self.lease_s / 3)),
+            "tcp_keepalives_interval": max(1, round(self.lease_s / 3)),
+            "tcp_keepalives_count": 2,
+        }
+        made = {
+            "connect_timeout": max(2, round(self.lease_s / 2)),  # libpq takes one second for none
+            "tcp_user_timeout": milliseconds,
+            "keepalives_idle": max(1, round(self.lease_s / 3)),
+            "keepalives_interval": max(1, round(self.lease_s / 3)),
+            "keepalives_count": 2,
+            # Of several servers, the one that takes writes.
+            "target_session_attrs": "read-write",
+            "application_name": f"caesura-coordinator {self.name}"[:63],
+            **self._tls(given),
+            **{name: value for name, value in given.items() if name != "options"},
+        }
+        more = " ".join(f"-c {name}={value}" for name, value in settings.items())
+        return {**made, "options": f"{given.get('options', '')} {more}".strip()}
+
+    def _tls(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Over a network the server is checked, unless the URL says otherwise."""
+        mode = given.get("sslmode")
+        hosts = str(given.get("hostaddr") or given.get("host")).split(",")
+        if self.ca_file and mode in {"disable", "allow", "prefer"}:
+            raise WrongStore(f"a CA file is set but the store's URL says sslmode={mode}: remove one of them")
+        if mode is None and not self.ca_file and all(_is_here(each) for each in hosts):
+            return {}
+        made: dict[str, Any] = {"sslmode": mode or "verify-full"}
+        if made["sslmode"] in {"verify-full", "verify-ca"} or self.ca_file:
+            made["sslrootcert"] = self.ca_file or "system"
+        return made
+
+    @property
+    def label(self) -> str:
+        """The database, for people."""
+        given = self.parameters()
+        where = given.get("host") or given.get("hostaddr")
+        return f"postgresql://{where}/{given['dbname']}"
+
+
+def _is_here(host: str) -> bool:
+    """Whether it is a unix socket or this machine."""
+    if host.startswith(("/", "@")) or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class PostgresRows:
+    """See the module, and ``caesura.runtime.shared_rows.SharedRows``.
+
+    Args:
+        options: how to reach the database.
+        columns: maps each table to its columns.
+        version: of the schema that these columns are of.
+    """
+
+    def __init__(self, options: PostgresOptions, columns: Mapping[str, TableColumns], version: int) -> None:
+        self.label = options.label
+        self._options = options
+        self._columns = columns
+        self._version = version
+        self._session: psycopg.Connection[Any] | None = None
+        self._epoch = 0
+        """Our own: the one in the store while nobody else leads."""
+        self._seen: tuple[int, int] | None = None
+        """The leader's epoch and its last sign of life."""
+        self._seen_at = 0.0
+        """When that was first seen, seconds on the monotonic clock."""
+
+    def open(self) -> int:
+        """See ``SharedRows.open``."""
+        with self._translated("cannot use"):
+            if self._session is None or self._session.closed:
+                self._session = self._connect()
+                self._check(self._session)
+                self._create(self._session)
+            return self._read_store()[1]
+
+    def try_lead(self, name: str) -> Content | None:
+        """See ``SharedRows.try_lead``."""
+        self.open()
+        with self._translated("cannot lead with"):
+            if not self._one("SELECT pg_try_advisory_lock(%s)", _LOCK)[0]:
+                self._end_silent_leader()
+                return None
+            with self._made.transaction():
+                version, before = self._read_store()
+                # Before anything is read: from here on no earlier leader can write.
+                self._made.execute(
+                    "UPDATE caesura.store SET epoch = epoch + 1, coordinator = %s, led_since = now()", (name,)
+                )
+            self._epoch = before + 1
+            rows = {}
+            for (table,) in self._made.execute(
+                "SELECT table_name FROM information_schema.tables WHERE table_schema = 'caesura' AND table_name <> 'store'"
+            ).fetchall():
+                rows[table] = self._table(table)
+            return Content(version=version, epoch=before, rows=rows)
+
+    def _end_silent_leader(self) -> None:
+        """End the session that has the lock, if it gave no sign of life for the lease: the next try gets the lock.
+
+        ``idle_session_timeout`` is not enough: it does not run in the middle of a message, where a process may be stopped.
+        """
+        now = time.monotonic()
+        seen = self._one("SELECT epoch, beat FROM caesura.store")
+        if seen != self._seen:
+            self._seen, self._seen_at = seen, now
+        elif now - self._seen_at > self._options.lease_s:
+            self._made.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted AND classid = 0 AND objid = %s "
+                "AND objsubid = 1 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
+                (_LOCK,),
+            )
+
+    def write(self, epoch: int, changes: Sequence[TableChanges]) -> None:
+        """See ``SharedRows.write``."""
+        with self._translated("cannot write to"):
+            epoch = max(epoch, self._epoch)
+            with self._fenced(epoch), self._made.pipeline():
+                for each in changes:
+                    self._remove(each.table, each.removed)
+                    self._upsert(each.table, self._columns[each.table], each.rows)
+            self._epoch = epoch
+
+    def rewrite(self, content: Content) -> None:
+        """See ``SharedRows.rewrite``."""
+        with self._translated("cannot migrate"), self._fenced(self._epoch):
+            for (table,) in self._made.execute(
+                "SELECT table_name FROM information_schema.tables WHERE table_schema = 'caesura' AND table_name <> 'store'"
+            ).fetchall():
+                self._made.execute(sql.SQL("DROP TABLE caesura.{}").format(sql.Identifier(table)))
+            self._create_tables(self._made)
+            for table, (_, rows) in content.rows.items():
+                self._upsert(table, self._columns[table], rows)
+            self._made.execute("UPDATE caesura.store SET version = %s", (content.version,))
+
+    def beat(self) -> None:
+        """See ``SharedRows.beat``."""
+        with self._translated("cannot reach"), self._fenced(self._epoch):
+            pass
+
+    def close(self) -> None:
+        """See ``SharedRows.close``."""
+        self._epoch = 0
+        if self._session is not None:
+            with suppress(psycopg.Error):
+                self._session.close()
+            self._session = None
+
+    # -- the session --
+
+    @property
+    def _made(self) -> psycopg.Connection[Any]:
+        if self._session is None:
+            raise StoreError(f"there is no session with {self.label}")
+        return self._session
+
+    def _connect(self) -> psycopg.Connection[Any]:
+        more = {"password": self._options.password.reveal()} if self._options.password else {}
+        return psycopg.connect(**{**self._options.parameters(), **more}, autocommit=True)
+
+    def _check(self, session: psycopg.Connection[Any]) -> None:
+        """Raises WrongStore: a setting of the server would lose what it says it has."""
+        version = session.info.server_version
+        if version < OLDEST * 10_000:
+            raise self._wrong(f"is of PostgreSQL {version // 10_000}; at least {OLDEST} is needed")
+        for name, bad in (
+            ("fsync", {"off"}),
+            ("full_page_writes", {"off"}),
+            ("synchronous_commit", {"off", "local"}),
+        ):
+            (value,) = self._one_of(session, "SELECT current_setting(%s)", name)
+            if value in bad:
+                raise self._wrong(
+                    f"has {name} = {value}: it may lose what it said it had stored. Set {name} = on (ALTER SYSTEM, or for "
+                    "synchronous_commit ALTER DATABASE) and reload it"
+                )
+        if self._one_of(session, "SELECT pg_is_in_recovery()")[0]:
+            raise StoreError(
+                f"{self.label} is a replica, which takes no writes: promote it, or name its primary, too"
+            )
+
+    def _create(self, session: psycopg.Connection[Any]) -> None:
+        """Create the schema in an empty database, and check whose store it is."""
+        if self._one_of(session, _EXISTS)[0]:
+            return
+        with session.transaction():
+            session.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK_SCHEMA,))
+            if not self._one_of(session, _EXISTS)[0]:
+                session.execute("CREATE SCHEMA IF NOT EXISTS caesura")
+                session.execute(
+                    "CREATE TABLE caesura.store (only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row), fleet text NOT NULL, "
+                    "version integer NOT NULL, epoch bigint NOT NULL, beat bigint NOT NULL DEFAULT 0, coordinator text NOT NULL, led_since timestamptz)"
+                )
+                session.execute(
+                    "INSERT INTO caesura.store (fleet, version, epoch, coordinator) VALUES (%s, %s, 0, '')",
+                    (self._options.fleet, self._version),
+                )
+                self._create_tables(session)
+
+    def _create_tables(self, session: psycopg.Connection[Any]) -> None:
+        for table, columns in self._columns.items():
+            described = [
+                sql.SQL("{} {} NOT NULL").format(sql.Identifier(name), sql.SQL(_TYPES[kind]))
+                for name, kind in columns.of
+            ]
+            session.execute(
+                sql.SQL("CREATE TABLE caesura.{} (row_number bigint PRIMARY KEY, {})").format(
+                    sql.Identifier(table), sql.SQL(", ").join(described)
+                )
+            )
+
+    def _read_store(self) -> tuple[int, int]:
+        """Version and epoch. Raises NewerStore, WrongStore."""
+        fleet, version, epoch = self._one("SELECT fleet, version, epoch FROM caesura.store")
+        if fleet != self._options.fleet:
+            raise self._wrong(
+                f"is the store of fleet {fleet!r}, and this coordinator is of fleet {self._options.fleet!r}: give each fleet a database of its own"
+            )
+        if version > self._version:
+            raise NewerStore(
+                f"{self.label} has schema version {version}, this Caesura knows {self._version}: run the newer version (docs/operate/upgrade.md)"
+            )
+        return version, epoch
+
+    def _wrong(self, why: str) -> WrongStore:
+        return WrongStore(f"{self.label} {why}")
+
+    def _superseded(self) -> StoreError:
+        return StoreError(f"another coordinator has claimed a higher epoch than {self._epoch} in it")
+
+    # -- rows --
+
+    @contextmanager
+    def _fenced(self, epoch: int) -> Iterator[None]:
+        """A transaction that is nothing if another process leads. It holds the row of the epoch until it ends."""
+        with self._made.transaction():
+            done = self._made.execute(
+                "UPDATE caesura.store SET beat = beat + 1, epoch = %s WHERE epoch = %s", (epoch, self._epoch)
+            )
+            if done.rowcount != 1:
+                raise self._superseded()
+            yield
+
+    def _table(self, table: str) -> tuple[tuple[str, ...], list[Row]]:
+        names = [
+            name
+            for (name,) in self._made.execute(
+                "SELECT column_name FROM information_schema.columns WHERE table_schema = 'caesura' AND table_name = %s "
+                "AND column_name <> 'row_number' ORDER BY ordinal_position",
+                (table,),
+            )
+        ]
+        chosen = sql.SQL(", ").join(sql.Identifier(name) for name in ("row_number", *names))
+        query = sql.SQL("SELECT {} FROM caesura.{} ORDER BY row_number").format(chosen, sql.Identifier(table))
+        with self._made.cursor(binary=True) as cursor:
+            return tuple(names), cursor.execute(query).fetchall()
+
+    def _remove(self, table: str, numbers: Sequence[int]) -> None:
+        if numbers:
+            self._made.execute(
+                sql.SQL("DELETE FROM caesura.{} WHERE row_number = ANY(%s)").format(sql.Identifier(table)),
+                (list(numbers),),
+            )
+
+    def _upsert(self, table: str, columns: TableColumns, rows: Sequence[Row]) -> None:
+        names = columns.names
+        kinds = ("bigint", *(_TYPES[kind] for _, kind in columns.of))
+        statement = sql.SQL(
+            "INSERT INTO caesura.{table} (row_number, {names}) SELECT * FROM unnest({arrays}) "
+            "ON CONFLICT (row_number) DO UPDATE SET {changes}"
+        ).format(
+            table=sql.Identifier(table),
+            names=sql.SQL(", ").join(map(sql.Identifier, names)),
+            arrays=sql.SQL(", ").join(sql.SQL("%b::{}[]").format(sql.SQL(kind)) for kind in kinds),
+            changes=sql.SQL(", ").join(
+                sql.SQL("{name} = EXCLUDED.{name}").format(name=sql.Identifier(name)) for name in names
+            ),
+        )
+        for chunk in _chunks(rows):
+            self._made.execute(statement, [list(values) for values in zip(*chunk, strict=True)])
+
+    def _one(self, query: str, *values: Any) -> Any:
+        return self._one_of(self._made, query, *values)
+
+    @staticmethod
+    def _one_of(session: psycopg.Connection[Any], query: str, *values: Any) -> Any:
+        found = session.execute(query.encode(), values).fetchone()
+        if found is None:
+            raise StoreError("the database has no row where it should have one")
+        return found
+
+    @contextmanager
+    def _translated(self, what: str) -> Iterator[None]:
+        """Errors of psycopg as StoreError; the session is not used again, so that no transaction is left open in it."""
+        try:
+            yield
+        except (psycopg.Error, StoreError, WrongStore) as error:
+            session, self._session = self._session, None
+            if session is not None:
+                with suppress(psycopg.Error):
+                    session.close()
+            if not isinstance(error, psycopg.Error):
+                raise
+            failed = StoreError(f"{what} {self.label}: {' '.join(str(error).split())}")
+            failed.temporary = True
+            raise failed from error
+
+
+def _chunks(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    chunk: list[Row] = []
+    size = 0
+    for row in rows:
+        chunk.append(row)
+        size += sum(len(value) for value in row if isinstance(value, bytes | str))
+        if size >= _CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk

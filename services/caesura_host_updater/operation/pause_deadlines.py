@@ -7,7 +7,7 @@ import msgspec
 from caesura.lifecycle.budget import digest_by_s, margin_s
 
 
-class PauseDeadlines(msgspec.Struct, frozen=True):
+class PauseDeadlines(msgspec.Struct, frozen=True, omit_defaults=True):
     """The instants that follow from a budget, from ``started_at``, which is before the first freeze call.
 
     The margin is that of ``caesura.lifecycle.budget``, which the planner uses too. Three margins before the budget ends

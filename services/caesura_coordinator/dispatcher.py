@@ -36,6 +36,7 @@ class RolloutDispatcher:
         fleet_now: the view of the fleet that decisions read.
         now: the time of decisions.
         on_tick: called once a tick, with the event loop's seconds.
+        decides: whether time may pass for rollouts. A leader that nobody receives, and that receives nobody, would judge others by their silence.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class RolloutDispatcher:
         fleet_now: Callable[[], FleetLookup],
         now: Callable[[], datetime],
         on_tick: Callable[[float], None],
+        decides: Callable[[], bool] = lambda: True,
     ) -> None:
         self._repository = repository
         self._sender = sender
@@ -58,6 +60,7 @@ class RolloutDispatcher:
         self._fleet_now = fleet_now
         self._now = now
         self._on_tick = on_tick
+        self._decides = decides
         self._changed = asyncio.Event()
         self._changed_sets: set[str] = set()
         """Sets that changed since their rollouts were last evaluated."""
@@ -116,7 +119,7 @@ class RolloutDispatcher:
                 pass
             self._changed.clear()
             await self._commits.writable()
-            if not self._leadership.is_leader:
+            if not self._leadership.is_leader or not self._decides():
                 continue
             due = loop.time() - last >= TICK_S
             if due:

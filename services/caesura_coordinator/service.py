@@ -106,6 +106,8 @@ class Coordinator:
         self.publisher = ReliablePublisher(bus, self.outbox, answer_s=_ANSWER_S)
         """The publisher of everything that is stored first."""
         self._owner_publisher = ReliablePublisher(bus, answer_s=_ANSWER_S)
+        self._broker_answered_s = asyncio.get_running_loop().time()
+        """Loop time of the last answer of the broker; only a coordinator that could give way to another asks."""
         self.repository = RolloutRepository(store, now())
         self._now = now
         self._observed = ObservedFleet()
@@ -146,6 +148,7 @@ class Coordinator:
             fleet_now=lambda: self.fleet,
             now=now,
             on_tick=self._on_tick,
+            decides=self._decides,
         )
         self._reconciler = Reconciler(
             self.repository,
@@ -305,19 +308,34 @@ class Coordinator:
         rival = self.leadership.rival(epoch)
         return f"the end of coordinator {rival}, which leads this fleet with another store" if rival else ""
 
+    def _decides(self) -> bool:
+        """Whether the shared store answers, and the broker did within half a lease: what is decided in the meantime would be announced late.
+
+        A coordinator with a store of its own always decides: no other could.
+        """
+        if self.shared is None:
+            return True
+        if self.shared.waiting():
+            return False
+        silent_s = asyncio.get_running_loop().time() - self._broker_answered_s
+        return self.bus.stats.connected and silent_s < self.shared.lease_s / 2
+
     async def _give_way_without_broker(self) -> None:
-        """A leader that has lost the broker may be the only one that has.
+        """A leader that has lost the broker may be the only one that has. A connection that is cut off looks alive for a minute, so it is tried.
 
         Raises:
-            LeadershipLost: there was none for the time of a lease.
+            LeadershipLost: the broker has not answered for the time of a lease.
         """
-        assert self.shared is not None  # noqa: S101 - runs only with one
-        lease_s = self.shared.lease_s
+        assert self.shared is not None  # noqa: S101 - both run with a shared store only
+        assert self._status is not None  # noqa: S101
+        lease_s, loop = self.shared.lease_s, asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(lease_s / 10)
-            if self.is_leader and not await self.bus.wait_connected(lease_s):
+            await asyncio.sleep(lease_s / 8)
+            if not self.is_leader or await self._status.announce(timeout_s=lease_s / 4):
+                self._broker_answered_s = loop.time()
+            elif loop.time() - self._broker_answered_s > lease_s:
                 raise LeadershipLost(
-                    f"no broker for {lease_s:g} s ({self.bus.stats.last_error}): a coordinator that has one may lead"
+                    f"no answer of the broker for {lease_s:g} s ({self.bus.stats.last_error or 'the connection hangs'}): a coordinator that has one may lead"
                 )
 
     async def _on_connected(self) -> None:

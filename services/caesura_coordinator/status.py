@@ -62,9 +62,9 @@ class StatusAnnouncer:
                     self._presence.changed()
                 await asyncio.sleep(_LOOK_S)
 
-    async def announce(self) -> None:
-        """Announce it now."""
-        await self._presence.announce(timeout_s=2.0)
+    async def announce(self, timeout_s: float = 2.0) -> bool:
+        """Announce it now; whether the broker accepted it."""
+        return await self._presence.announce(timeout_s=timeout_s)
 
     async def goodbye(self) -> None:
         """Announce that this coordinator is gone."""

@@ -31,6 +31,9 @@ OPERATOR_UID = 10005
 HEALTH_USER = "health"
 """User of the broker's own health check: it may log in, but has no access rule, so it may do nothing else."""
 GRAFANA_SECRET = "grafana-admin"  # noqa: S105 - the name of a file
+STORE_SECRET = "store"  # noqa: S105 - the same
+STORE_GID = 10007
+"""Group of those that read the password of the PostgreSQL in ``deploy/compose/high-availability.yml``."""
 
 
 class User(msgspec.Struct, frozen=True):
@@ -71,6 +74,7 @@ def users(layout: Layout) -> tuple[User, ...]:
     uid_of = {host: 10011 + number for number, host in enumerate(layout.hosts)}
     return (
         User(Principal("coordinator"), 10001),
+        User(Principal("coordinator", "2"), 10006),
         User(Principal("metadata", "fleet", vms=tuple(vm.name for vm in layout.vms)), 10002),
         User(Principal("exporter"), 10003),
         User(Principal("ctl", "rollout"), 10004),
@@ -96,6 +100,7 @@ def secret_readers(layout: Layout) -> dict[str, int]:
     return {user.name: user.uid for user in users(layout)} | {
         HEALTH_USER: BROKER_UID,
         GRAFANA_SECRET: GRAFANA_UID,
+        STORE_SECRET: STORE_GID,
     }
 
 

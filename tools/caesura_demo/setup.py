@@ -23,6 +23,7 @@ from caesura_demo.compose_fleet import (
     BROKER_UID,
     GRAFANA_SECRET,
     HEALTH_USER,
+    STORE_SECRET,
     compose_layout,
     config_files,
     secret_readers,
@@ -127,7 +128,8 @@ def prepare(folder: Path, *, state: str, renew: Sequence[str] = ()) -> None:
         # Mosquitto requires to own its files, unreadable for others.
         mine = {"owner": BROKER_UID, "group": BROKER_UID, "mode": 0o400} if path.startswith("broker/") else {}
         write(folder / path, text, **{"mode": 0o444, **mine})
-    known = "".join(password_line(name, each) for name, each in passwords.items() if name != GRAFANA_SECRET)
+    elsewhere = {GRAFANA_SECRET, STORE_SECRET}
+    known = "".join(password_line(name, each) for name, each in passwords.items() if name not in elsewhere)
     write(folder / "broker" / "passwords", known, owner=BROKER_UID, group=BROKER_UID, mode=0o400)
     # Options of the broker's health check: on a command line every user could read the password.
     options = f"-u {HEALTH_USER}\n-P {passwords[HEALTH_USER]}\n"

@@ -98,6 +98,8 @@ class FleetSummary(msgspec.Struct, frozen=True, omit_defaults=True):
     sets: int
     domains: int
     paused: int
+    standby: str = ""
+    """Of coordinators that share a store: what the leader waits for, or which others stand by; empty: there are no others."""
     hosts_offline: tuple[str, ...] = ()
     offline_since: dict[str, float] = {}
     """When each of these was last received."""

@@ -174,6 +174,7 @@ class LivePageState:
             broker=self._broker,
             broker_since=self._broker_since,
             coordinator="unknown" if coordinator is None else "online" if coordinator.online else "offline",
+            standby=self._standby(),
             hosts=len(self._hosts),
             hosts_offline=tuple(sorted(self._offline_since)),
             offline_since=dict(self._offline_since),
@@ -186,6 +187,14 @@ class LivePageState:
             alarms_by_rule=board.alarms.counts(),
             alarms_more=max(0, len(board.alarms) - ALARMS_SENT),
         )
+
+    def _standby(self) -> str:
+        others = self._state.words.named(m.CoordinatorStatus).values()
+        waiting = [each.waits_for for each in others if each.online and each.leads and each.waits_for]
+        if waiting:
+            return f"rollouts wait for {waiting[0]}"
+        ready = sorted(each.coordinator for each in others if each.online and not each.leads)
+        return f"{', '.join(ready)} standing by" if ready else "no other stands by" if others else ""
 
     def _shown(self) -> list[WholeRollout]:
         newest = sorted(self._rollouts.known.values(), key=lambda each: each.created_at, reverse=True)
@@ -209,6 +218,9 @@ class LivePageState:
                 self._presence(message)
             case m.CoordinatorPresence():
                 self._coordinator()
+            case m.CoordinatorStatus():
+                if step.changes.word:
+                    self._board.touch_head()
             case _:
                 pass
 

@@ -70,14 +70,17 @@ async def test_the_leader_is_cut_off_from_its_database(state: str, duo: Callable
     await pair.done(rollout)
 
 
+@pytest.mark.parametrize("how", ["reset", "silent"])
 @states("scheduled", "soaking")
-async def test_the_leader_is_cut_off_from_the_broker(state: str, duo: Callable[..., Any]) -> None:
+async def test_the_leader_is_cut_off_from_the_broker(state: str, how: str, duo: Callable[..., Any]) -> None:
+    """It decides nothing that nobody would receive, and gives way, also when the connection looks alive."""
     pair = await duo()
     await pair.up()
     rollout = await pair.stage.roll(soak_s=2.0)
     async with pair.stage.held_in(state, rollout):
         pair.brokers["one"].stall()
-        pair.brokers["one"].cut()
+        if how == "reset":
+            pair.brokers["one"].cut()
         await pair.until_leads("two")
     pair.brokers["one"].cut()
     pair.brokers["one"].flow()

@@ -28,6 +28,7 @@ from caesura_coordinator.records import Rollout, new_rollout
 from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.shared_store import LEFT_OUT, SharedStore, working_copy
 from caesura_coordinator.store import MIGRATIONS, CoordinatorStore
+from caesura_testing.patience import patient
 from caesura_testing.postgresql import PostgresServer, programs
 from caesura_testing.proxy import TcpProxy
 
@@ -76,7 +77,8 @@ async def coordinator_of(url: str, **changes: Any) -> AsyncIterator[SharedStore]
 
 
 async def lead(shared: SharedStore) -> CoordinatorStore:
-    await shared.lead()
+    async with asyncio.timeout(patient(20)):
+        await shared.lead()
     shared.store.write_as("/caesura/default/coordinator")
     return shared.store
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -324,7 +325,7 @@ async def test_a_request_that_waited_at_the_broker_for_long_is_refused_but_an_ab
         await eventually(lambda: made.is_leader and bool(made.fleet.inventories))
         late = await world.ask(_request("late"))
         assert not late.accepted
-        assert "asked 90 s ago" in late.reason
+        assert re.search(r"asked (9|1\d)\d s ago", late.reason), "90, and what a busy machine adds"
         assert not made.repository.rollouts
         abort = await world.ask(m.AbortRequested(request="stop", rollout="none", reason="r"))
         assert "asked" not in abort.reason

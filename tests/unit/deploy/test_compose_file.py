@@ -15,8 +15,9 @@ import yaml
 
 from caesura.runtime.settings import ServiceSettings, read_settings
 from caesura_coordinator.settings import CoordinatorSettings
+from caesura_coordinator.store_options import check_store
 from caesura_ctl.settings import CtlSettings
-from caesura_demo.compose_fleet import GRAFANA_UID, compose_layout, secret_readers, users
+from caesura_demo.compose_fleet import GRAFANA_UID, STORE_SECRET, compose_layout, secret_readers, users
 from caesura_demo.setup import VARIABLES
 from caesura_host_updater.settings import HostUpdaterSettings
 from caesura_metadata_publisher.settings import MetadataPublisherSettings
@@ -268,3 +269,40 @@ def test_the_script_of_a_host_is_posix_sh() -> None:
     shell = shutil.which("dash") or "sh"
     script = str(_ROOT / "deploy" / "compose" / "host.sh")
     assert subprocess.run([shell, "-n", script], check=False).returncode == 0
+
+
+def test_the_file_with_two_coordinators_fits_the_code_and_has_as_few_rights(tmp_path: Path) -> None:
+    merged = {name: dict(service) for name, service in yaml.safe_load(_COMPOSE)["services"].items()}
+    added = yaml.safe_load(
+        (_ROOT / "deploy" / "compose" / "high-availability.yml").read_text(encoding="utf-8")
+    )
+    for name, service in added["services"].items():
+        known = merged.get(name, {})
+        environment = {**known.get("environment", {}), **service["environment"]}
+        merged[name] = {**known, **service, "environment": environment}
+    stores = set()
+    for name in ("database", "coordinator", "coordinator-2"):
+        service = merged[name]
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["restart"] == "unless-stopped"
+        assert "ports" not in service
+        assert service["group_add"] == [str(secret_readers(compose_layout())[STORE_SECRET])]
+        if name == "database":
+            assert service["environment"]["POSTGRES_PASSWORD_FILE"] == f"/etc/caesura/secrets/{STORE_SECRET}"
+            continue
+        environ = dict(service["environment"])
+        for given in ("CAESURA_COORDINATOR_BROKER_PASSWORD_FILE", "CAESURA_COORDINATOR_STORE_PASSWORD_FILE"):
+            secret = Path(environ[given])
+            assert secret.name in secret_readers(compose_layout())
+            environ[given] = str(tmp_path / secret.name)
+            (tmp_path / secret.name).touch(mode=0o600)
+            (tmp_path / secret.name).write_text("a password of some length")
+        read = read_settings(CoordinatorSettings, "CAESURA_COORDINATOR_", environ)
+        check_store(read)
+        user = {user.name: user for user in users(compose_layout())}[read.broker_username]
+        assert service["user"] == f"{user.uid}:{user.uid}"
+        stores.add((read.store, read.store_password.reveal(), read.fleet, read.broker_url, read.lease_s))
+    assert len(stores) == 1, "what all must have alike"
+    assert len({merged[name]["user"] for name in merged}) == len(merged)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path(__file__).resolve().parents[3]
-_WHOLE = re.compile(r"(@sha256:[0-9a-f]{64}|:v?\d+\.\d+\.\d+[\w.-]*)\Z")
-"""A digest, or a version to the last number."""
+_WHOLE = re.compile(r"(@sha256:[0-9a-f]{64}|:v?\d+\.\d+\.\d+[\w.-]*|^postgres:\d+\.\d+[\w.-]*)\Z")
+"""A digest, or a version to the last number; PostgreSQL's have two."""
 
 
 def text(path: str) -> str:
@@ -19,6 +19,7 @@ def text(path: str) -> str:
 
 def test_container_images_have_a_whole_version() -> None:
     images = re.findall(r"^\s+image: (\S+)$", text("docker-compose.yml"), re.MULTILINE)
+    images += re.findall(r"^\s+image: (\S+)$", text("deploy/compose/high-availability.yml"), re.MULTILINE)
     images += re.findall(r"^ARG PYTHON_IMAGE=(\S+)$", text("deploy/Dockerfile"), re.MULTILINE)
     others = [each for each in images if not each.startswith("${CAESURA_IMAGE")]
     assert len(others) >= 4

@@ -324,3 +324,18 @@ def test_a_set_that_nobody_is_in_any_more_is_forgotten_but_not_at_once() -> None
     assert fleet.forget_empty_sets(1901.0) == ["web"]
     assert not samples(fleet, "caesura_pause_last_seconds")
     assert not samples(fleet, "caesura_pause_budget_seconds")
+
+
+def test_coordinators_that_share_a_store_are_counted() -> None:
+    one = m.CoordinatorStatus(coordinator="one", online=True, leads=True, epoch=2)
+    two = m.CoordinatorStatus(
+        coordinator="two", online=True, leads=False, waits_for="another coordinator leads"
+    )
+    gone = m.CoordinatorStatus(coordinator="three", online=False, leads=False)
+    fleet = fold(one, two, gone)
+    assert samples(fleet, "caesura_coordinators_standby") == {(): 1}
+    assert samples(fleet, "caesura_coordinators_waiting") == {(): 0}
+    fleet.take(msgspec.structs.replace(one, waits_for="the store"), 1.0, fresh=True)
+    assert samples(fleet, "caesura_coordinators_waiting") == {(): 1}
+    known = {each.name for each in fleet_families(fold(), 0.0)}
+    assert "caesura_coordinators_standby" not in known, "one with a store of its own says nothing of others"

@@ -500,6 +500,23 @@ class TestState:
         assert (fleet.broker, fleet.broker_since) == ("not connected: timeout", T0 + 2)
         assert [line.what for line in story.snapshot().log] == ["host updater offline"]
 
+    def test_coordinators_that_share_a_store(self, story: Story) -> None:
+        def standby() -> str:
+            fleet = story.snapshot().fleet
+            assert fleet is not None
+            return fleet.standby
+
+        assert standby() == ""
+        story.hear(m.CoordinatorStatus(coordinator="one", online=True, leads=True, epoch=2), 0)
+        assert standby() == "no other stands by"
+        story.hear(m.CoordinatorStatus(coordinator="two", online=True, leads=False, waits_for="its turn"), 1)
+        assert standby() == "two standing by"
+        story.hear(m.CoordinatorStatus(coordinator="one", online=True, leads=True, waits_for="the store"), 2)
+        assert standby() == "rollouts wait for the store"
+        story.hear(m.CoordinatorStatus(coordinator="one", online=False, leads=False), 3)
+        story.hear(m.CoordinatorStatus(coordinator="two", online=True, leads=True, epoch=3), 3)
+        assert standby() == "no other stands by"
+
 
 FD = m.Policy(domain_key="fault_domain")
 

@@ -139,7 +139,7 @@ function drawNumbers(list, model) {
     ["VMs", String(fleet.vms), ""],
     ["Update domains", `${fleet.domains}`, ""],
     ["Hosts", offline.length ? `${fleet.hosts - offline.length} of ${fleet.hosts}` : String(fleet.hosts), offline.length ? "warn" : "", offline.length ? `without ${missing}` : ""],
-    ["Coordinator", fleet.coordinator, fleet.coordinator === "online" ? "" : "warn"],
+    ["Coordinator", fleet.coordinator, fleet.coordinator === "online" ? "" : "warn", fleet.standby || ""],
   ];
   replaceIfChanged(
     list,

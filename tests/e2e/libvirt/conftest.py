@@ -62,7 +62,8 @@ async def fleet(stages: Callable[..., Any], daemons: tuple[LibvirtDaemon, Libvir
             daemon.start()
     first.define("web-1", label="set='web' update-domain='0'", own_qmp=True)
     first.define("db-1", label="set='db' update-domain='0'", own_qmp=True)
-    second.define("web-2", label="set='web' update-domain='1'", own_qmp=True)
+    memory = "<source type='memfd'/><access mode='shared'/>"
+    second.define("web-2", label="set='web' update-domain='1'", own_qmp=True, memory=memory)
     stage = await stages(up=False)
     sandbox = stage.sandbox
     sandbox.libvirt_host("host-1", str(first.socket), URI, {"web-1": ("web", 0), "db-1": ("db", 0)})

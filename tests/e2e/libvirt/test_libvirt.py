@@ -29,6 +29,10 @@ async def test_a_rollout_over_domains(fleet: Any) -> None:
     assert max(end - begin for _, begin, end in fleet.witness.pauses) < patient(BUDGET_S)
     assert fleet.daemons[0].state("web-1") == fleet.daemons[1].state("web-2") == "running"
     fleet.assert_one_end_each()
+    proven, private = outcome_of(fleet, "web-2", "host-2").memory, outcome_of(fleet, "web-1").memory
+    assert proven.held == ("digest_equal", "sampled_digest_equal"), "its memory is a file"
+    assert private.held == ()
+    assert "private to its QEMU process" in private.detail
     inventory = fleet.fleet_view.hosts["host-1"]
     assert inventory.driver == "libvirt"
     assert inventory.driver_detail.startswith("libvirt ")
@@ -64,6 +68,19 @@ async def test_an_updater_that_is_killed_in_the_pause_leaves_its_domains_to_the_
     report = report_of(fleet)
     assert {each.resumed_by for each in report.vms} == {"guard"}
     assert "updater_died" in report.codes
+
+
+async def test_libvirt_is_upgraded_in_the_pause(fleet: Any) -> None:
+    """Its daemon ends and another one begins: the pause ends as if nothing had been."""
+    rollout = await _long(fleet)
+    first = fleet.daemons[0]
+    first.process.terminate()
+    first.process.wait()
+    first.start()
+    state = await fleet.ended(rollout)
+    assert state.status == "completed", state.reason
+    assert {each.resumed_by for each in report_of(fleet).vms} == {"updater"}
+    assert first.state("web-1") == first.state("db-1") == "running"
 
 
 def _runs(daemon: Any, name: str) -> bool:

@@ -100,10 +100,13 @@ class LibvirtConnection:
         self._changed()
 
     def was_migrated(self, uuid: str, patience_s: float) -> bool:
-        """Whether a domain that has ended was migrated to another host; False where nothing tells within ``patience_s``."""
+        """Whether a domain that has ended was migrated to another host; False where nothing tells within ``patience_s``.
+
+        It is waited for once: a daemon that is dead tells nothing.
+        """
         with self._ended:
             self._ended.wait_for(lambda: uuid in self._migrated, patience_s)
-            return self._migrated.get(uuid, False)
+            return self._migrated.setdefault(uuid, False)
 
     def version(self) -> str:
         """Of the daemon, such as ``9.0.0``. Raises NoBinding, LibvirtError."""

@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import json
 import os
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -22,37 +21,15 @@ from urllib.parse import urlsplit
 from caesura.contract import messages as m
 from caesura_ctl.session import connect, new_request_id
 from caesura_ctl.settings import CtlSettings
+from caesura_nested_host.fleet_host import FleetHost
+from caesura_nested_host.guests import beats, longest_silence
+from caesura_nested_host.image import Image, NoImage, build, missing
+from caesura_nested_host.machine import CONSOLE, running
+from caesura_nested_host.pause_parts import pause_parts
 from caesura_testing.broker import mosquitto
-from caesura_testing.kexec_fleet import FleetHost
-from caesura_testing.kexec_host import CONSOLE, Line, beats, longest_silence, running
-from caesura_testing.kexec_image import Image, NoImage, build, missing
 from caesura_testing.sandbox import Sandbox
 
 _PATIENCE_S = 900.0
-_MARKS = (
-    ("kernel", r"\] Linux version "),
-    ("initramfs", r"^Loading, please wait"),
-    ("guard's Python", r"caesura: guard begins"),
-    ("QEMU start, load, cont", r"arrival\.clock_set|arrival\.clock_not_set"),
-)
-"""A share, and the line of the console with which it begins."""
-
-
-def shares(console: list[Line], stopped: float, resumed: float) -> dict[str, float]:
-    """Seconds of each part of a pause, in order, from what a host's console said and when. Pure.
-
-    Args:
-        stopped: the last instant at which a guest was seen to run before.
-        resumed: the first one after.
-    """
-    within = [line for line in console if stopped <= line.at <= resumed]
-    marks = [("save, leave, jump", stopped)]
-    for name, pattern in _MARKS:
-        at = next((line.at for line in within if re.search(pattern, line.text)), None)
-        if at is not None:
-            marks.append((name, at))
-    ends = [*(at for _, at in marks[1:]), resumed]
-    return {name: end - at for (name, at), end in zip(marks, ends, strict=True)}
 
 
 async def run(image: Image) -> dict[str, object]:
@@ -67,6 +44,7 @@ async def run(image: Image) -> dict[str, object]:
                 with running(host.machine):
                     await sandbox.start("coordinator")
                     await asyncio.to_thread(host.prepare, urlsplit(broker.url).port or 1883)
+                    await asyncio.to_thread(host.start_updater)
                     await sandbox.until(
                         lambda: host.ready(session.fleet_view), _PATIENCE_S, "host and guests"
                     )
@@ -92,7 +70,7 @@ async def run(image: Image) -> dict[str, object]:
                     state = session.fleet_view.rollouts[answer.rollout]
                     line = next(iter(host.guests.values()))
                     before, after = longest_silence(beats(host.machine.lines(line)))
-                    parts = shares(host.machine.lines(CONSOLE), before.at, after.at)
+                    parts = pause_parts(host.machine.lines(CONSOLE), before.at, after.at)
     pause_s = after.at - before.at
     return {
         "from": image.old,

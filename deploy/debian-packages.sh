@@ -53,6 +53,7 @@ docker.io          dockerd                                compose
 docker.io          docker                                 compose
 iptables           iptables                               compose
 debootstrap        debootstrap                            compose kexec
+gcc                gcc                                    kexec
 EOF
 }
 

@@ -33,7 +33,7 @@ def _table(lanes: Any, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
 
 def test_what_is_chosen(lanes: Any) -> None:
     everything = lanes.chosen([], fast=False)
-    assert {"e2e", "journeys", "integration", "compose", "wheel", "asyncapi"} < set(everything)
+    assert {"e2e", "journeys", "integration", "compose", "kexec", "wheel", "asyncapi"} < set(everything)
     assert not {"soak", "mutation"} & set(everything), "they take hours"
     assert lanes.chosen(["soak", "types", "types"], fast=False) == ["types", "soak"]
     fast = lanes.chosen([], fast=True)
@@ -41,6 +41,27 @@ def test_what_is_chosen(lanes: Any) -> None:
     assert set(lanes.chosen(["asyncapi"], fast=True)) == {*fast, "asyncapi"}
     with pytest.raises(ValueError, match="no lane 'e3e'"):
         lanes.chosen(["e3e"], fast=False)
+
+
+def test_a_lane_that_goes_alone_begins_when_all_others_have_ended(
+    lanes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each lane leaves a file behind while it runs; the lonely ones look for those of the others."""
+    nobody_else = '[ -z "$(ls *.here 2>/dev/null)" ]'
+    _table(
+        lanes,
+        monkeypatch,
+        alone=f"{nobody_else}; touch alone.here; rm alone.here",
+        slow="touch slow.here; until [ -e quick.ended ]; do sleep 0.01; done; rm slow.here",
+        quick="touch quick.ended",
+        other=f"{nobody_else}; touch other.here; rm other.here",
+    )
+    for name in ("alone", "other"):
+        monkeypatch.setitem(lanes.LANES, name, lanes.LANES[name]._replace(alone=True))
+    run = lanes.Run(lanes.LANES, jobs=4, out=io.StringIO())
+    run.run()
+    assert {each.lane: each.code for each in run.results} == dict.fromkeys(lanes.LANES, 0)
+    assert [each.lane for each in run.results][2:] == ["alone", "other"]
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])

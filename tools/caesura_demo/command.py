@@ -19,10 +19,13 @@ from caesura_ctl.durations import BUDGET, DURATION, SOME_TIME, show_duration
 from caesura_ctl.errors import fail
 from caesura_ctl.options import freezer_option, wide_console
 from caesura_demo.guests import MOST_VMS
+from caesura_demo.kernel_demo import KernelDemo
 from caesura_demo.run import Demo, Options
 
 _ONLY_WITH = {"memory_mib": "qemu", "accel": "qemu", "freezer": "process"}
 """Maps an option to the only driver that uses it."""
+
+_NOT_WITH_KEXEC = ("vms", "memory_mib", "accel", "update_s", "budget_s")
 
 _UPDATE_STARTS_S = 0.5
 """s: for the process of an update to start while all hosts of a domain start theirs; it counts as the update's time."""
@@ -37,6 +40,7 @@ examples:
   caesura demo --keep                 # then open the URLs; Ctrl-C ends it
   caesura demo --driver qemu          # real guests: freeze all for a host patch, then swap their QEMU
   caesura demo --driver qemu --method replace --vms 3
+  caesura demo --driver qemu --method kexec   # another kernel under running guests; in a checkout, root once
   caesura demo --update-takes 9s --budget 20s
   caesura demo --json | jq .checks
 
@@ -59,9 +63,10 @@ exit codes:
 @click.option(
     "--method",
     "methods",
-    type=click.Choice(["freeze", "swap", "replace"]),
+    type=click.Choice(["freeze", "swap", "replace", "kexec"]),
     multiple=True,
-    help="With --driver qemu, one rollout by each of these methods in turn; default: freeze, then swap.",
+    help="With --driver qemu, one rollout by each of these methods in turn; default: freeze, then swap. kexec, alone: a host in emulation, "
+    "whose kernel is replaced under two guests.",
 )
 @click.option(
     "--vms",
@@ -127,23 +132,26 @@ def demo(*, as_json: bool, methods: tuple[Any, ...], **options: Any) -> None:
 
     By default 25 VMs that are process groups, really frozen and resumed; their guest clocks are simulated,
     since a frozen process still sees host time pass. Under a minute. With --driver qemu 9 real guests with
-    clocks of their own; some three minutes without KVM. Nothing is left behind.
+    clocks of their own; some three minutes without KVM. With --method kexec one host in emulation, whose kernel is
+    replaced while its guests are paused: some three minutes, once its image is there. Nothing is left behind.
     """
     _check_driver(options["driver"])
     if options["driver"] == "process" and methods not in {(), ("freeze",)}:
         raise click.UsageError(
-            "--method swap and replace need --driver qemu: a process cannot be handed over"
+            "--method swap, replace and kexec need --driver qemu: a process cannot be handed over"
         )
-    if set(methods) != {"swap"}:  # swap applies its update while the guests run
+    if "kexec" in methods:
+        _check_kexec(methods)
+    elif set(methods) != {"swap"}:  # swap applies its update while the guests run
         _check_times(options["update_s"], options["budget_s"])
     configure_logging("demo", level="error")
     console = wide_console()
+    kernel = "kexec" in methods
+    chosen = Options(
+        json=as_json, methods=("freeze", "swap") if kernel or not methods else methods, **options
+    )
     try:
-        sys.exit(
-            asyncio.run(
-                _run(Options(json=as_json, methods=methods or ("freeze", "swap"), **options), console)
-            )
-        )
+        sys.exit(asyncio.run(_run(chosen, console, kernel=kernel)))
     except CaesuraError as error:
         fail(error, as_json=as_json)
     except BaseExceptionGroup as group:
@@ -153,8 +161,22 @@ def demo(*, as_json: bool, methods: tuple[Any, ...], **options: Any) -> None:
         fail(known[0], as_json=as_json)
 
 
-async def _run(options: Options, console: Console) -> int:
-    return await Demo(options, console).until_signal()
+async def _run(options: Options, console: Console, *, kernel: bool) -> int:
+    run = KernelDemo(options, console) if kernel else Demo(options, console)
+    return await run.until_signal()
+
+
+def _check_kexec(methods: tuple[str, ...]) -> None:
+    """Raises click.UsageError: it is not alone, or an option would be ignored."""
+    if set(methods) != {"kexec"}:
+        raise click.UsageError("--method kexec goes alone: its host is another one")
+    context = click.get_current_context()
+    for option in context.command.params:
+        if (
+            option.name in _NOT_WITH_KEXEC
+            and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+        ):
+            raise click.UsageError(f"{option.opts[0]} does nothing with --method kexec")
 
 
 def _check_driver(driver: str) -> None:

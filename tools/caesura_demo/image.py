@@ -1,4 +1,4 @@
-"""The demo's guest image, built in a process of its own: a thread could not be stopped, and the demo would wait for it."""
+"""The demo's images, each built in a process of its own: a thread could not be stopped, and the demo would wait for it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import TypeVar
 
 import msgspec
 
@@ -14,6 +15,7 @@ from caesura.runtime.errors import CaesuraError
 from caesura.runtime.processes import kill_marked
 from caesura_demo.guests import GuestImage
 from caesura_demo.workspace import CleanUp
+from caesura_nested_host.image import Image
 
 _STOP_S = 5.0
 """s: for a build that was asked to end to remove its partial output."""
@@ -30,18 +32,39 @@ class _Failed(msgspec.Struct):
     reason: str
 
 
+_Manifest = TypeVar("_Manifest")
+
 _BUILD = (sys.executable, "-m", "caesura_ctl", "guest", "build", "--json")
+_BUILD_HOST = (sys.executable, "-m", "caesura_nested_host.image", "--json")
 
 
 async def build_image(
     run_id: str, say: Callable[[str], None], clean_up: CleanUp, command: Sequence[str] = _BUILD
 ) -> GuestImage:
-    """Build it, or take it from the cache.
+    """The guest's, built or taken from the cache; otherwise as ``_build``."""
+    made = await _build(run_id, say, clean_up, command, _Built)
+    return GuestImage(made.kernel, made.initrd)
+
+
+async def build_host_image(run_id: str, say: Callable[[str], None], clean_up: CleanUp) -> Image:
+    """That of a host in emulation, built or taken from the cache; otherwise as ``_build``."""
+    return await _build(run_id, say, clean_up, _BUILD_HOST, Image)
+
+
+async def _build(
+    run_id: str,
+    say: Callable[[str], None],
+    clean_up: CleanUp,
+    command: Sequence[str],
+    manifest: type[_Manifest],
+) -> _Manifest:
+    """What a command builds.
 
     Args:
         run_id: marks the build's processes.
         say: called with each line of progress.
-        command: what builds it; injected by tests only.
+        command: what builds it, and prints the manifest.
+        manifest: what is printed.
 
     Raises:
         CaesuraError: it cannot be built here; the text says why.
@@ -62,13 +85,12 @@ async def build_image(
     try:
         answer, reason = await asyncio.gather(_read(process.stdout), _progress(process.stderr, say))
         if await process.wait() == 0:
-            made = msgspec.json.decode(answer, type=_Built)
-            return GuestImage(made.kernel, made.initrd)
+            return msgspec.json.decode(answer, type=manifest)
     except msgspec.DecodeError as error:
-        raise CaesuraError(f"the guest was built, but its manifest cannot be read: {error}") from error
+        raise CaesuraError(f"the image was built, but its manifest cannot be read: {error}") from error
     finally:
         await clean_up.step(_end(process, mark, clean_up.hurry))
-    raise CaesuraError(reason or f"building the guest ended with exit code {process.returncode}")
+    raise CaesuraError(reason or f"building the image ended with exit code {process.returncode}")
 
 
 async def _read(stream: asyncio.StreamReader | None) -> bytes:

@@ -68,7 +68,7 @@ _GUESTS_SETTLE_S = 20.0
 _REFRESH_S = 0.2
 
 
-_BROKERS = {"mosquitto": "Mosquitto", "embedded": "amqtt, embedded (install mosquitto to use that instead)"}
+BROKERS = {"mosquitto": "Mosquitto", "embedded": "amqtt, embedded (install mosquitto to use that instead)"}
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,7 +155,7 @@ class Demo:
             broker = LocalBroker(
                 kind=self.options.broker, data_dir=folder, environ={"CAESURA_DEMO_RUN": self.run_id}
             )
-            self._say(f"broker: {_BROKERS[broker.kind]}; files and logs in {folder}")
+            self._say(f"broker: {BROKERS[broker.kind]}; files and logs in {folder}")
             async with (
                 self._broker(broker),
                 self._services(folder, ram_dir, Broker(broker.url, broker.protocol)) as processes,

@@ -253,8 +253,10 @@ def grub_text(wanted: WantedPreparation) -> str:
 
 
 def fstab_lines(wanted: WantedPreparation) -> str:
-    """Our lines in /etc/fstab. ``nofail``: a kernel without the carve-out boots all the same."""
-    options = "dax=always,nofail,x-systemd.device-timeout=5"
+    """Our lines in /etc/fstab. ``nofail``: a kernel without the carve-out boots all the same, and nothing waits for this mount
+    but our units; a busy boot finds the device after many seconds.
+    """
+    options = "dax=always,nofail,x-systemd.device-timeout=60"
     return f"{_BEGIN}\nUUID={wanted.uuid} {wanted.carve_out} ext4 {options} 0 0\n{_END}\n"
 
 

@@ -159,7 +159,9 @@ class KernelInspector:
             broker_here=self._broker_hosts[0] if all(map(_is_here, self._broker_hosts)) else "",
             foreign_guests=_foreign_guests(proc),
         )
-        return facts, read_figures(self._state_dir)
+        # What was measured on the shorter way says nothing of the longer one.
+        early = self._options.early
+        return facts, tuple(each for each in read_figures(self._state_dir) if early or not each.early)
 
     def _loaded(self) -> LoadedKernel | None:
         with suppress(OSError, msgspec.DecodeError):

@@ -58,19 +58,22 @@ _log = get_logger("caesura.recovery")
 
 
 async def resume_until_running(
-    driver: Driver, vm: str, failed: Callable[[str], Awaitable[None]] | None = None
+    driver: Driver, vm: str, is_lost: Callable[[str], Awaitable[bool]] | None = None
 ) -> str:
     """Try until the VM runs, is gone, or is left to somebody else: ``running``, ``gone`` or ``left``.
 
-    ``failed`` is called with its name after each try that was in vain.
+    ``is_lost`` is called with its name after each try that was in vain: whether no try of this boot can succeed.
     """
+    said = ""
     while True:
         try:
             return await driver.resume(vm, _RESUME_TRY_S)
         except NotRunningYet as error:
-            _log.error("vm.not_resumed_yet", vm=vm, why=error.why)
-            if failed is not None:
-                await failed(vm)
+            if error.why != said:  # it may wait for days
+                _log.error("vm.not_resumed_yet", vm=vm, why=error.why)
+                said = error.why
+            if is_lost is not None and await is_lost(vm):
+                return "gone"
         except Exception as error:  # noqa: BLE001 - whatever it is, the VM must run: log it and continue
             _log.error("vm.resume_failed", vm=vm, why=repr(error))
             await asyncio.sleep(_RESUME_TRY_S)
@@ -295,21 +298,32 @@ class CrashRecovery:
         # ended, that somebody else has paused since, or that are not in the host file any more.
         self._pauses.remove(vm for vm in marked if vm not in ours)
 
-    async def _give_up(self, vm: str) -> None:
+    async def _give_up(self, vm: str) -> bool:
         """A VM of another boot whose operation the guard does not hold, or knows to be lost, waits in its files for nobody.
 
-        The guard's record may have been garbled, or its carve-out have come too late.
+        The guard's record may have been garbled, or its carve-out have come too late. Where there is no carve-out in this boot, nothing
+        can be noted in it: then the guard's word is what there is, and a later boot gives the VM up.
+
+        Returns:
+            Whether no try of this boot can resume it.
         """
         plan = plan_of(self._driver, vm)
         if not isinstance(plan, ReplacePlan) or not of_another_boot(plan):
-            return
+            return False
         try:
             record = await self._guard.held()
-            if _waits_for(record, plan):
-                return
+        except GuardUnavailable:
+            return False  # asked again at the next try
+        if _waits_for(record, plan):
+            return False
+        try:
             await in_thread(f"give up {vm}", lambda: give_up(plan, _NOBODY))
-        except (GuardUnavailable, OSError, BadClaim) as error:
+        except (OSError, BadClaim) as error:
+            if not _is_lost(record, vm):
+                return False
             _log.error("vm.not_given_up", vm=vm, why=str(error))
+            return True
+        return False  # the next try finds it gone
 
     @property
     def resuming(self) -> frozenset[str]:
@@ -422,6 +436,15 @@ def _waits_for(record: Intent | None, plan: ReplacePlan) -> bool:
     there = change.arrival.vms.get(plan.vm) if change.arrival is not None else None
     held = any(isinstance(each, ReplacePlan) and each.claims == plan.claims for each in record.plans)
     return held and (there is None or there.end != "lost")
+
+
+def _is_lost(record: Intent | None, vm: str) -> bool:
+    """Whether the guard found in this boot that the VM's memory is not what it was."""
+    arrival = (
+        record.kernel_change.arrival if record is not None and record.kernel_change is not None else None
+    )
+    there = arrival.vms.get(vm) if arrival is not None and arrival.boot_id == boot_id() else None
+    return there is not None and there.end == "lost"
 
 
 def _left_its_kernel(entry: JournalEntry) -> bool:

@@ -83,7 +83,13 @@ def figure_of(op: Operation, change: KernelChange | None, at: datetime) -> Kerne
     seconds = max(vm.pause_s for vm in op.vms)
     if seconds <= 0:  # the clock was set back
         return None
-    return KernelFigure(to=change.arrival.release, former=change.left.release, seconds=seconds, at=at)
+    return KernelFigure(
+        to=change.arrival.release,
+        former=change.left.release,
+        seconds=seconds,
+        at=at,
+        early=change.arrival.by == "initramfs",
+    )
 
 
 def rehearsal_figure(intent: Intent, at: datetime) -> KernelFigure | None:
@@ -98,7 +104,12 @@ def rehearsal_figure(intent: Intent, at: datetime) -> KernelFigure | None:
     if seconds <= 0:
         return None
     return KernelFigure(
-        to=change.arrival.release, former=change.left.release, seconds=seconds, at=at, rehearsal=True
+        to=change.arrival.release,
+        former=change.left.release,
+        seconds=seconds,
+        at=at,
+        rehearsal=True,
+        early=change.arrival.by == "initramfs",
     )
 
 

@@ -7,7 +7,7 @@ import msgspec
 from caesura.lifecycle.budget import digest_by_s, margin_s
 
 
-class PauseDeadlines(msgspec.Struct, frozen=True):
+class PauseDeadlines(msgspec.Struct, frozen=True, omit_defaults=True):
     """The instants that follow from a budget, from ``started_at``, which is before the first freeze call.
 
     The margin is that of ``caesura.lifecycle.budget``, which the planner uses too. Three margins before the budget ends
@@ -17,16 +17,19 @@ class PauseDeadlines(msgspec.Struct, frozen=True):
     started_at: float
     budget_s: float
     margin_s: float
+    durable: bool = False
+    """Whether a freeze ends on a disk, as that of method kexec does: one that is busy may take seconds."""
 
     @classmethod
-    def of(cls, started_at: float, budget_s: float) -> PauseDeadlines:
+    def of(cls, started_at: float, budget_s: float, *, durable: bool = False) -> PauseDeadlines:
         """The deadlines of a budget."""
-        return cls(started_at, budget_s, margin_s(budget_s))
+        return cls(started_at, budget_s, margin_s(budget_s), durable)
 
     @property
     def freeze_by(self) -> float:
-        """A VM not confirmed frozen by then fails the operation: a quarter of the budget, at most 5 s."""
-        return self.started_at + min(self.budget_s / 4, 5.0)
+        """A VM not confirmed frozen by then fails the operation: a quarter of the budget, at most 5 s where no disk is awaited."""
+        quarter_s = self.budget_s / 4
+        return self.started_at + (quarter_s if self.durable else min(quarter_s, 5.0))
 
     @property
     def digest_until(self) -> float:

@@ -11,12 +11,12 @@ import pytest
 
 from caesura_host_updater.drivers.port import NotRunningYet
 from caesura_host_updater.drivers.qemu import driver as driver_module
-from caesura_host_updater.drivers.qemu import kexec_obstacles
+from caesura_host_updater.drivers.qemu import kexec_obstacles, supervisor
 from caesura_host_updater.drivers.qemu.definition import Definition
 from caesura_host_updater.drivers.qemu.process_records import Records
 from caesura_host_updater.inventory.kernel_options import KernelOptions
 from caesura_pause_guard import arrival
-from caesura_vmcontrol import boot_counters, procfs, qemu_replace
+from caesura_vmcontrol import boot_counters, procfs, qemu_replace, ram_places
 from caesura_vmcontrol.intent import Intent, IntentFile
 from caesura_vmcontrol.kernel_change import ClockPair, KernelChange, Left
 
@@ -33,14 +33,33 @@ async def test_off_by_default_and_the_reason_says_how_to_switch_it_on(rig: Any) 
 def carve_out(rig: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in its place; the host allows the method."""
     folder: Path = rig.folder / "carve-out"
+    folder.mkdir()
     kernel = KernelOptions(kexec=True, carve_out=str(folder), early=False)
     real = driver_module.QemuDriver
     monkeypatch.setattr(kexec_obstacles, "dax_error", lambda _: "")
-    monkeypatch.setattr(arrival, "carve_out_error", lambda _: "")
+    for module in (arrival, supervisor):
+        monkeypatch.setattr(module, "carve_out_error", lambda _: "")
     monkeypatch.setitem(
         rig.build.__func__.__globals__, "QemuDriver", lambda *a, **k: real(*a, **k, kernel=kernel)
     )
     return folder
+
+
+def contents(folder: Path) -> list[Path]:
+    return list(folder.iterdir())
+
+
+async def test_without_the_carve_out_no_vm_is_started_on_another_disk(
+    rig: Any, carve_out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel without it was booted: its mount point is an empty folder of the root file system then."""
+    monkeypatch.setattr(supervisor, "carve_out_error", ram_places.carve_out_error)
+    driver = await rig.open({"a": SMALL}, ram_dir=f"{carve_out}/ram")
+    assert rig.processes() == []
+    assert contents(carve_out) == []
+    said = driver.health_error("a")
+    assert "nothing is mounted at the carve-out" in said
+    assert "kexec = false in [kernel]" in said
 
 
 def another_boot(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:

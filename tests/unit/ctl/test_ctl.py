@@ -351,6 +351,13 @@ def test_every_command_has_help_with_examples_and_exit_codes(name: str) -> None:
         (["abort", "r" * 65], "ROLLOUT: at most 64 characters, of A-Z a-z 0-9 _ -\n"),
         (["abort", "../r"], "ROLLOUT: at most 64 characters, of A-Z a-z 0-9 _ -\n"),
         (["abort", "--reason", "r" * 4097], "--reason: at most 4096 characters"),
+        (["demo", "--method", "kexec"], "need --driver qemu"),
+        (["demo", "--driver", "qemu", "--method", "kexec", "--method", "swap"], "--method kexec goes alone"),
+        (
+            ["demo", "--driver", "qemu", "--method", "kexec", "--vms", "3"],
+            "--vms does nothing with --method kexec",
+        ),
+        (["demo", "--driver", "qemu", "--method", "kexec", "--budget", "9s"], "--budget does nothing"),
         (["demo", "--accel", "kvm"], "--accel needs --driver qemu"),
         (["demo", "--memory", "9999"], "--memory needs --driver qemu"),
         (["demo", "--memory", "160"], "--memory needs --driver qemu"),

@@ -179,6 +179,11 @@ def test_a_rehearsal_is_a_measurement() -> None:
     assert figure is not None
     assert (figure.to, figure.rehearsal) == (NEW, True)
     assert figure.seconds == pytest.approx(14.0), "from the instant at which the kernel was left"
+    assert figure is not None
+    assert figure.early
+    by_unit = rehearsal_figure(intent(replace(change("rehearsal", by="unit"), rehearsal=True)), NOW)
+    assert by_unit is not None
+    assert not by_unit.early
     assert rehearsal_figure(intent(change("a")), NOW) is None, "no rehearsal"
     assert rehearsal_figure(intent(replace(change(), rehearsal=True)), NOW) is None, "nothing came up"
     assert rehearsal_figure(intent(replace(change("x", release=OLD), rehearsal=True)), NOW) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
@@ -183,6 +184,7 @@ def readiness(root: Path, tmp_path: Path) -> Callable[..., KernelInspector]:
     """Reads those files; the state folder is on the disk in the made-up mounts."""
 
     def make(**changes: object) -> KernelInspector:
+        options = cast("KernelOptions", changes.pop("options", OPTIONS))
         values: dict[str, object] = {
             "guard_pid": lambda: 7,
             "broker_hosts": ["192.0.2.1"],
@@ -190,7 +192,7 @@ def readiness(root: Path, tmp_path: Path) -> Callable[..., KernelInspector]:
             "root": root,
             "carve_out_error": lambda _: "",
         }
-        return KernelInspector(OPTIONS, tmp_path, **(values | changes))  # type: ignore[arg-type]
+        return KernelInspector(options, tmp_path, **(values | changes))  # type: ignore[arg-type]
 
     return make
 
@@ -207,6 +209,21 @@ async def test_a_host_is_looked_at(readiness: Callable[..., KernelInspector], tm
     assert said == [1]
     await one.look()
     assert said == [1], "nothing has changed"
+
+
+@pytest.mark.parametrize(
+    ("measured_early", "wanted_early", "counts"),
+    [(True, True, True), (False, True, True), (False, False, True), (True, False, False)],
+)
+async def test_a_figure_of_the_shorter_way_says_nothing_of_the_longer_one(
+    readiness: Callable[..., KernelInspector], *, measured_early: bool, wanted_early: bool, counts: bool
+) -> None:
+    """``early`` was changed in the host file since."""
+    one = readiness(options=KernelOptions(kexec=True, early=wanted_early))
+    await one.measured(msgspec.structs.replace(figure(9.0), early=measured_early))
+    assert ("nothing was measured" not in await one.error(NEW, 30.0)) is counts
+    assert one.record is not None
+    assert bool(one.record.figures) is counts
 
 
 async def test_programs_of_the_fleet_on_the_host_are_seen(

@@ -280,6 +280,37 @@ async def test_a_guest_that_nobody_will_examine_does_not_wait_for_ever(
         task.cancel()
 
 
+class OutOfReach(Host):
+    """A kernel without the carve-out runs: where it was decided who has the guest is not to be seen."""
+
+    async def resume(self, *_: object) -> str:
+        await asyncio.sleep(0)
+        self.asked.append("resume")
+        raise NotRunningYet("a", "the carve-out is not mounted")
+
+
+async def test_a_guest_whose_carve_out_is_away_is_reported_as_the_guard_says(
+    start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing can be written down about it in this boot; the report must not wait for that, nor the log fill."""
+    host = OutOfReach()
+    host.record = record(VmArrival("undecided", why="no carve-out yet"))
+    recovery, finalizer = start(host)
+    await recovery.run(1)
+    await until(lambda: host.asked.count("resume") >= 50)
+    assert host.queued == [], "the guard has not decided"
+    host.record = replace(record(VmArrival("lost", why="this kernel has no carve-out")), plans=())
+    await until(lambda: not recovery.resuming)
+    await until(lambda: "disarm op" in host.asked)
+    report = end_of(host)
+    assert report.codes == ("memory_lost",)
+    assert "this kernel has no carve-out" in report.vms[0].error
+    assert await finalizer.known("op") != Underway()
+    assert capsys.readouterr().out.count("vm.not_resumed_yet") <= 1
+    for task in recovery.late:
+        task.cancel()
+
+
 @pytest.mark.parametrize("why_not", ["the guard has it", "examined", "no guard", "another boot is to come"])
 async def test_a_guest_that_may_be_examined_is_not_given_up(
     start: Start, tmp_path: Path, why_not: str

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from caesura.lifecycle.budget import MIN_BUDGET_S, usable_s
+from caesura_host_updater.operation.arming import arm
 from caesura_host_updater.operation.effects import (
     DigestVms,
     Finish,
@@ -76,6 +77,20 @@ def test_deadlines_leave_room_for_the_update_and_three_margins(budget_s: float) 
     assert deadlines.freeze_by < deadlines.update_until
     assert usable_s(budget_s) == pytest.approx(budget_s - 3 * deadlines.margin_s)
     assert deadlines.digest_until <= min(100.0 + budget_s * 2 / 3, deadlines.update_until)
+
+
+@pytest.mark.parametrize(
+    ("budget_s", "freeze_s", "to_disk_s"), [(1.0, 0.25, 0.25), (10.0, 2.5, 2.5), (30.0, 5.0, 7.5)]
+)
+def test_a_freeze_that_ends_on_a_disk_has_a_quarter_of_the_budget(
+    budget_s: float, freeze_s: float, to_disk_s: float
+) -> None:
+    for method, expected in (("freeze", freeze_s), ("kexec", to_disk_s)):
+        op = msgspec.structs.replace(operation("a"), method=method, budget_s=budget_s)
+        op = arm(op, 100.0)[0]
+        assert op.wake_at == pytest.approx(100.0 + expected)
+        assert op.deadlines is not None
+        assert op.deadlines.freeze_by < op.deadlines.leave_by < op.deadlines.resume_at
 
 
 def test_hold_from_begin_to_end() -> None:

@@ -29,6 +29,7 @@ from caesura_vmcontrol.intent import IntentFile, UnreadableIntent
 from caesura_vmcontrol.markers import OPERATIONS
 from caesura_vmcontrol.procfs import alive, boot_id
 from caesura_vmcontrol.qemu_plans import ReplacePlan, SwapPlan
+from caesura_vmcontrol.ram_places import carve_out_error
 from caesura_vmcontrol.vm_control import condition
 
 _PROBE_S = 0.05  # s: for a QEMU to notice that who connected has gone; then it takes the next one
@@ -291,9 +292,16 @@ class VmSupervisor:
         """Whether a VM may be started where its things are to be.
 
         Raises:
-            LaunchFailed: others could put files of theirs there, or a process has the sockets: it may be this VM.
+            LaunchFailed: others could put files of theirs there, a process has the sockets (it may be this VM), or its RAM would be
+                outside the carve-out that the host file promises.
             OSError: a folder cannot be made.
         """
+        kernel = self._launcher.kernel
+        if kernel.kexec and (wrong := carve_out_error(kernel.carve_out)):
+            raise LaunchFailed(
+                f"{wrong}: boot a kernel that leaves the carve-out alone (caesura host prepare-kexec --check) and restart the "
+                "host updater, or write kexec = false in [kernel]"
+            )
         for folder in (self._launcher.folder(vm), self._launcher.ram_dir):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             wrong = place_error(folder)

@@ -117,6 +117,8 @@ class KernelFigure(Record, frozen=True, kw_only=True):
     at: Instant
     rehearsal: bool = False
     """Whether it was measured without guests of users."""
+    early: bool = True
+    """Whether the initramfs resumed the guests, which is the shorter way; else user space did."""
 
 
 class HostKernel(Record, frozen=True, kw_only=True):

@@ -16,15 +16,19 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import click
+import msgspec
+
+from caesura.runtime.errors import CaesuraError
 from caesura_guest_image.cpio import FOLDER, file_entry, link_entry, pack
 
-ROOT = Path(__file__).parents[3]
-INSIDE = Path(__file__).parent / "kexec_inside"
+ROOT = Path(__file__).parents[2]
+INSIDE = Path(__file__).parent / "inside"
+_UNITS = "deploy/systemd"
 _SUITE = "bookworm"
 _PACKAGES = (
     *(
@@ -50,12 +54,11 @@ _DRIVERS = frozenset(("nvdimm", "dax", "virtio", "block", "net", "char", "rtc", 
 _MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "ext4", "crc32c_generic")
 
 
-class NoImage(Exception):
+class NoImage(CaesuraError):
     """The image cannot be built here; the text says why."""
 
 
-@dataclass(frozen=True)
-class Image:
+class Image(msgspec.Struct, frozen=True):
     """What a host is run from.
 
     Args:
@@ -65,10 +68,14 @@ class Image:
         new: the release that it goes to.
     """
 
-    disk: Path
-    boot: Path
+    disk: str
+    boot: str
     old: str
     new: str
+
+
+def _to_stderr(text: str) -> None:
+    click.echo(text, err=True)
 
 
 def cache_folder() -> Path:
@@ -79,6 +86,8 @@ def cache_folder() -> Path:
 
 def missing() -> str:
     """Why the image cannot be had here; empty: it can."""
+    if not (ROOT / _UNITS / "caesura-host-updater.service").exists():
+        return "the host's image is built from a checkout of Caesura: run this in one"
     if shutil.which("qemu-system-x86_64") is None:
         return "qemu-system-x86_64 is not installed (on Debian: apt-get install qemu-system-x86)"
     if shutil.which("gcc") is None:
@@ -139,7 +148,7 @@ def _mirror() -> str:
     raise NoImage(f"this machine's apt has no source for {_SUITE}")
 
 
-def _system(say: bool) -> Path:
+def _system(say: Callable[[str], None]) -> Path:
     """The installed Debian, as a tree that is not changed any more."""
     known = sorted(cache_folder().glob("system-*/complete"))
     key = hashlib.sha256(repr((_SUITE, _PACKAGES, _MACHINE, 1)).encode()).hexdigest()[:12]
@@ -151,6 +160,7 @@ def _system(say: bool) -> Path:
         shutil.rmtree(made)
     made.mkdir(parents=True)
     begun = time.monotonic()
+    say("installing Debian with two kernels for the host, once: some minutes")
     _run("debootstrap", "--variant=minbase", f"--include={','.join(_PACKAGES)}", _SUITE, str(tree), _mirror())
     (tree / "etc/initramfs-tools/conf.d").mkdir(exist_ok=True)
     # No initramfs is made now: both are made with the hook.
@@ -175,8 +185,7 @@ def _system(say: bool) -> Path:
     )
     _slim(tree)
     (made / "complete").write_text(f"{time.monotonic() - begun:.0f} s\n")
-    if say:
-        print(f"system built in {time.monotonic() - begun:.0f} s", file=sys.stderr)
+    say(f"system built in {time.monotonic() - begun:.0f} s")
     return made
 
 
@@ -211,7 +220,7 @@ def _few_modules(tree: Path) -> None:
 
 
 def _guest(folder: Path) -> Path:
-    """The smallest guest, see ``kexec_inside/guest.c``."""
+    """The smallest guest, see ``inside/guest.c``."""
     made = folder / "guest.elf"
     _run(
         *("gcc", "-m32", "-O2", "-ffreestanding", "-nostdlib", "-static", "-fno-pic", "-fno-stack-protector"),
@@ -315,14 +324,20 @@ def _caesura(folder: Path, uv: str) -> None:
         script.chmod(0o755)
 
 
-def build(*, uv: str, say: bool = True) -> Image:
-    """The image of this checkout.
+def build(*, uv: str, say: Callable[[str], None] = _to_stderr) -> Image:
+    """The image of this checkout. Blocking, minutes where the system was not built before.
+
+    Args:
+        uv: the command that builds the wheel and its venv.
+        say: gets a line for each part that takes long.
 
     Raises:
         NoImage: it cannot be built here.
     """
     cache = cache_folder()
     with _locked(cache / "lock"):
+        for left in cache.glob("making-*"):  # by a build that was killed
+            shutil.rmtree(left, ignore_errors=True)
         system = _system(say)
         begun = time.monotonic()
         making = cache / f"making-{os.getpid()}"
@@ -340,9 +355,8 @@ def build(*, uv: str, say: bool = True) -> Image:
         finally:
             shutil.rmtree(making, ignore_errors=True)
         found = json.loads((made / "image.json").read_text())
-        if say:
-            print(f"image {key} in {time.monotonic() - begun:.0f} s", file=sys.stderr)
-    return Image(made / "root.img", made / "boot", found["old"], found["new"])
+        say(f"image {key} in {time.monotonic() - begun:.0f} s")
+    return Image(str(made / "root.img"), str(made / "boot"), found["old"], found["new"])
 
 
 def _digest(name: str, *folders: Path) -> str:
@@ -373,15 +387,15 @@ def _make(system: Path, making: Path, made: Path) -> None:
         "install",
         "-m",
         "644",
-        str(ROOT / "deploy/systemd/caesura.sysusers"),
+        str(ROOT / _UNITS / "caesura.sysusers"),
         str(tree / "usr/lib/sysusers.d/caesura.conf"),
     )
     _run("chroot", str(tree), "systemd-sysusers")
     units = tree / "etc/systemd/system"
     for name in ("caesura-host-updater", "caesura-pause-guard"):
-        shutil.copyfile(ROOT / f"deploy/systemd/{name}.service", units / f"{name}.service")
+        shutil.copyfile(ROOT / _UNITS / f"{name}.service", units / f"{name}.service")
         (units / f"{name}.service.d").mkdir()
-        shutil.copyfile(ROOT / f"deploy/systemd/qemu/{name}.conf", units / f"{name}.service.d/qemu.conf")
+        shutil.copyfile(ROOT / _UNITS / f"qemu/{name}.conf", units / f"{name}.service.d/qemu.conf")
         # Emulated on a busy machine a service takes minutes to start, and is not dead for a silence of seconds.
         (units / f"{name}.service.d/rig.conf").write_text(
             "[Service]\nTimeoutStartSec=1800\nWatchdogSec=600\n"
@@ -466,22 +480,29 @@ def _prepare(tree: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Build it, and print where it is."""
-    parser = argparse.ArgumentParser(prog="python -m caesura_testing.kexec_image", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m caesura_nested_host.image", description=__doc__)
     parser.add_argument(
         "--missing", action="store_true", help="print why it cannot be built here, and fail then"
     )
+    parser.add_argument(
+        "--json", action="store_true", help="a failure is a JSON document, too: the last line of stderr"
+    )
     parser.add_argument("--uv", default=os.environ.get("UV", "uv"))
     arguments = parser.parse_args(argv)
+    why = missing()
     if arguments.missing:
-        if why := missing():
-            print(why)
+        if why:
+            click.echo(why)
         return 1 if why else 0
-    try:
-        print(json.dumps({key: str(value) for key, value in asdict(build(uv=arguments.uv)).items()}))
-    except NoImage as error:
-        print(f"kexec_image: {error}", file=sys.stderr)
-        return 1
-    return 0
+    if not why:
+        try:
+            click.echo(msgspec.json.encode(build(uv=arguments.uv)))
+        except NoImage as error:
+            why = str(error)
+        else:
+            return 0
+    click.echo(json.dumps({"reason": why}) if arguments.json else f"nested host: {why}", err=True)
+    return 1
 
 
 if __name__ == "__main__":

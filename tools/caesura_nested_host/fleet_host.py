@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import tomli_w
 
 from caesura.contract.messages import KernelFigure
 from caesura_ctl.fleet_view import FleetView
-from caesura_testing.kexec_host import FIRST, SECOND, KexecHost, beats, longest_silence
-from caesura_testing.kexec_image import CARVE_OUT, Image
+from caesura_nested_host.guests import MEMORY, GuestPause, guest_pause
+from caesura_nested_host.image import CARVE_OUT, Image
+from caesura_nested_host.machine import FIRST, SECOND, CommandFailed, HostEnded, NestedHost
 
+_FIGURES = "/var/lib/caesura/host-updater/kexec-figures.json"
 _GUESTS = {"a": FIRST, "b": SECOND}
 _LINES = {FIRST: "/dev/ttyS2", SECOND: "/dev/ttyS3"}
 
@@ -25,12 +28,15 @@ class FleetHost:
         name: of the host; its guests are ``NAME-a`` and ``NAME-b``.
         folder: for the emulator's files.
         domain: of its guests.
+        environ: as ``NestedHost`` has it.
     """
 
-    def __init__(self, name: str, image: Image, folder: Path, *, domain: int) -> None:
+    def __init__(
+        self, name: str, image: Image, folder: Path, *, domain: int, environ: Mapping[str, str] | None = None
+    ) -> None:
         self.name = name
         self.image = image
-        self.machine = KexecHost(name, image, folder)
+        self.machine = NestedHost(name, image, folder, environ=environ)
         self.guests = {f"{name}-{letter}": line for letter, line in _GUESTS.items()}
         self._domain = domain
 
@@ -85,8 +91,8 @@ class FleetHost:
         ]
         return msgspec.json.encode(figures).decode()
 
-    def prepare(self, broker_port: int, *, figure_s: float = 5.0) -> None:
-        """As an operator does: prepare-kexec, the files in /etc/caesura, an update for each kernel; then the updater is started."""
+    def prepare(self, broker_port: int) -> None:
+        """As an operator does: prepare-kexec, the files in /etc/caesura, an update for each kernel. No guest runs yet. Blocking."""
         machine = self.machine
         machine.wait_shell()
         settings = {
@@ -102,7 +108,6 @@ class FleetHost:
                 f"CAESURA_HOST_UPDATER_{key}={value}" for key, value in settings.items()
             ),
             "/etc/caesura/host-updater.password": "x",
-            "/var/lib/caesura/host-updater/kexec-figures.json": self._figures(figure_s),
             **{
                 f"/etc/caesura/updates.d/{name}.toml": tomli_w.dumps(
                     {
@@ -126,11 +131,37 @@ class FleetHost:
         script = ["set -e", "caesura host prepare-kexec --apply"]
         for path, text in files.items():
             script.append(f"mkdir -p $(dirname {path}); cat >{path} <<'END-OF-FILE'\n{text}\nEND-OF-FILE")
-        script.append("chown caesura-host: /var/lib/caesura/host-updater/*.json")
-        script.append(
-            "systemctl enable --quiet caesura-host-updater; systemctl start --no-block caesura-host-updater"
-        )
         machine.run("\n".join(script))
+
+    def start_updater(self, *, figure_s: float | None = 5.0) -> None:
+        """Start the host updater, now and at each boot, and with it the guests. Blocking.
+
+        Args:
+            figure_s: how long changes of the kernel are said to take, in seconds, since nothing that is emulated fits a budget surely;
+                None: what was measured.
+        """
+        script = ["set -e"]
+        if figure_s is not None:
+            script.append(f"cat >{_FIGURES} <<'END-OF-FILE'\n{self._figures(figure_s)}\nEND-OF-FILE")
+            script.append(f"chown caesura-host: {_FIGURES}")
+        script.append("systemctl enable --quiet caesura-host-updater")
+        script.append("systemctl restart --no-block caesura-host-updater")
+        self.machine.run("\n".join(script))
+
+    def rehearse(self) -> KernelFigure:
+        """Measure the change to the new kernel by ``caesura host rehearse-kexec``; the host runs that kernel then. Blocking.
+
+        Raises:
+            CommandFailed, HostEnded, TimeoutError: it did not come back with a figure.
+        """
+        self.machine.run("systemctl stop caesura-host-updater; ! pgrep qemu-system")
+        since = self.machine.begin(f"caesura host rehearse-kexec {self.image.new} --yes --watchdog 0")
+        self.machine.wait_shell(since=since)
+        self.start_updater(figure_s=None)
+        figures = (
+            'until found=$(caesura host kernel-figures --json 2>/dev/null); do sleep 1; done; echo "$found"'
+        )
+        return msgspec.convert(self.machine.json(figures), list[KernelFigure])[0]
 
     def ready(self, fleet_view: FleetView) -> bool:
         """Whether another kernel can be started under its guests, as far as the fleet sees."""
@@ -142,7 +173,7 @@ class FleetHost:
             or found.kernel is None
         ):
             return False
-        well = not found.kernel.problems and len(found.kernel.figures) > 1
+        well = not found.kernel.problems and len(found.kernel.figures) > 0
         return well and all(vm.state == "running" and "kexec" in vm.methods for vm in found.vms)
 
     def journal(self) -> str:
@@ -150,7 +181,7 @@ class FleetHost:
         wanted = "journalctl --no-pager -o short-monotonic -u caesura-host-updater -u caesura-pause-guard -u caesura-arrive"
         try:
             return self.machine.run(f"{wanted} | tail -60 | cut -c1-800", patience_s=120, check=False)
-        except (AssertionError, TimeoutError) as error:
+        except (CommandFailed, HostEnded, TimeoutError) as error:
             return str(error)
 
     def until_guests_beat(self) -> None:
@@ -159,23 +190,15 @@ class FleetHost:
             self.machine.wait_for(line, r"memory \d+ bad=0")
             self.machine.wait_for(line, r"\bbeat \d+")
 
-    def assert_guests_continued(self, since: float, release: str) -> None:
-        """Each guest had one pause, beats again, without a gap in its numbers, in the same boot, with its memory as it was."""
+    def guest_pauses(self, since: float) -> dict[str, GuestPause]:
+        """What each guest says of the pause since an instant before it, once it compared its memory again. Blocking.
+
+        Raises:
+            HostEnded, TimeoutError: it says nothing.
+            ValueError: it did not beat before, or not since.
+        """
         now = time.monotonic()
-        for vm, line in self.guests.items():
-            said = self.machine.wait_for(line, r"memory \d+ bad=\d+", since=now).text
-            assert said.endswith("bad=0"), f"{vm}: {said}"
-            found = beats(self.machine.lines(line))
-            boot = [beat.boot for beat in found if beat.at < since][-1]
-            assert {beat.boot for beat in found if beat.at >= since} == {boot}, f"{vm} booted again"
-            numbers = [beat.number for beat in found if beat.boot == boot]
-            assert numbers == list(range(numbers[0], numbers[0] + len(numbers))), (
-                f"{vm}: a beat is missing, or came twice"
-            )
-            before, after = longest_silence([beat for beat in found if beat.at >= since])
-            silence_s = after.at - before.at
-            assert 0 < after.up_s - before.up_s < 0.5 * silence_s + 1, f"{vm}: its clock ran in the pause"
-            print(
-                f"\n{self.name} to {release}: {vm}: beat {before.number} -> {after.number}, silence {silence_s:.1f} s,"
-                f" its clock +{after.up_s - before.up_s:.2f} s, memory bad=0"
-            )
+        said = {vm: self.machine.wait_for(line, MEMORY, since=now).text for vm, line in self.guests.items()}
+        return {
+            vm: guest_pause(self.machine.lines(line), since, said[vm]) for vm, line in self.guests.items()
+        }

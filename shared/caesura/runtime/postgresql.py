@@ -176,19 +176,19 @@ class PostgresRows:
             if not self._one("SELECT pg_try_advisory_lock(%s)", _LOCK)[0]:
                 self._end_silent_leader()
                 return None
-            with self._made.transaction():
-                version, before = self._read_store()
-                # Before anything is read: from here on no earlier leader can write.
-                self._made.execute(
-                    "UPDATE caesura.store SET epoch = epoch + 1, coordinator = %s, led_since = now()", (name,)
-                )
-            self._epoch = before + 1
+            # Before anything is read: from here on no earlier leader can write.
+            version, self._epoch = self._one(
+                "UPDATE caesura.store SET epoch = epoch + 1, beat = beat + 1, coordinator = %s, led_since = now() RETURNING version, epoch",
+                name,
+            )
+            if version > self._version:
+                self._read_store()  # it was migrated since: says so
             rows = {}
             for (table,) in self._made.execute(
                 "SELECT table_name FROM information_schema.tables WHERE table_schema = 'caesura' AND table_name <> 'store'"
             ).fetchall():
                 rows[table] = self._table(table)
-            return Content(version=version, epoch=before, rows=rows)
+            return Content(version=version, epoch=self._epoch - 1, rows=rows)
 
     def _end_silent_leader(self) -> None:
         """End the session that has the lock, if it gave no sign of life for the lease: the next try gets the lock.

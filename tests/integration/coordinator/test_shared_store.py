@@ -485,3 +485,39 @@ async def test_a_leader_that_is_silent_in_the_middle_of_a_query_does_not_keep_th
                 stuck.execute("SELECT 1")
         finally:
             stuck.close()
+
+
+async def test_tls_is_checked_against_the_ca_and_the_name(server: PostgresServer, tmp_path: Path) -> None:
+    own = tmp_path / "ca.pem"
+    own.write_bytes((await server.with_tls()).read_bytes())
+    async with coordinator_of(server.url, ca_file=str(own)) as shared:
+        await lead(shared)
+        used = "SELECT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE application_name LIKE 'caesura%'"
+        assert await server.sql(used) == "t"
+    async with PostgresServer() as stranger:
+        other = tmp_path / "other.pem"
+        other.write_bytes((await stranger.with_tls()).read_bytes())
+    wrong_name = server.url.replace("127.0.0.1", "localhost")
+    for url, ca_file, why in (
+        (server.url, other, "certificate verify failed"),
+        (wrong_name, own, "does not match host name"),
+    ):
+        async with coordinator_of(url, ca_file=str(ca_file)) as refused:
+            waiting = asyncio.create_task(lead(refused))
+            await until(lambda refused=refused, why=why: why in refused.waits_for)  # type: ignore[misc]
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def test_a_server_without_a_free_connection_is_waited_for(server: PostgresServer) -> None:
+    await server.sql("ALTER ROLE caesura CONNECTION LIMIT 1")
+    async with coordinator_of(server.url, name="one") as first:
+        await lead(first)
+        async with coordinator_of(server.url, name="two") as second:
+            waiting = asyncio.create_task(lead(second))
+            await until(lambda: "too many connections" in second.waits_for)
+            assert second.ping()
+            await server.sql("ALTER ROLE caesura CONNECTION LIMIT 2")
+            await until(lambda: second.waits_for == "another coordinator leads")
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)

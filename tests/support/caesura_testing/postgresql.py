@@ -144,6 +144,19 @@ class PostgresServer:
                 assert self._process.returncode is None, (self.folder / "log").read_text()
                 await asyncio.sleep(0.02)
 
+    async def with_tls(self) -> Path:
+        """Take connections with TLS too, from now on; the certificate, for 127.0.0.1, which is its own authority."""
+        certificate, key = self.data / "server.crt", self.data / "server.key"
+        await self._run_program(
+            "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+            "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate),
+        )  # fmt: skip
+        key.chmod(0o600)
+        await self.sql("ALTER SYSTEM SET ssl = on", database="postgres")
+        await self.stop()
+        await self.start()
+        return certificate
+
     async def stop(self) -> None:
         """An orderly, fast shutdown: sessions are ended."""
         assert self._process is not None
@@ -215,8 +228,11 @@ class PostgresServer:
         return False
 
     async def _run(self, program: str, *words: str) -> str:
+        return await self._run_program(str(self._bin / program), *words)
+
+    async def _run_program(self, program: str, *words: str) -> str:
         process = await asyncio.create_subprocess_exec(
-            str(self._bin / program),
+            program,
             *words,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

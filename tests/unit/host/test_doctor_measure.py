@@ -66,13 +66,14 @@ def test_medians_and_ratios_are_of_one_measurement() -> None:
     assert found[0].clock_before_median_s == 0.02, "how far off, whichever way"
 
 
-def test_memory_that_was_harmed_and_clocks_that_are_off_are_wrong() -> None:
+def test_memory_that_was_harmed_is_wrong_and_a_clock_that_is_off_a_warning() -> None:
+    """The latter may be the load of the moment."""
     well = findings_of(figures(sample("freeze", 0.002), sample("swap", 0.01)))
     assert {each.level for each in well} == {"ok"}
     bad = findings_of(
         figures(sample("freeze", 0.002, clock_after_s=0.05), sample("swap", 0.01, memory_equal=False))
     )
-    assert {each.name: each.level for each in bad} == {"measure.memory": "wrong", "measure.clock": "wrong"}
+    assert {each.name: each.level for each in bad} == {"measure.memory": "wrong", "measure.clock": "warning"}
     assert all(each.remedy for each in bad)
     assert "harmed after 1" in bad[0].about
 

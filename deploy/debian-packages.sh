@@ -30,6 +30,8 @@ tar                tar                                    unit integration e2e j
 mosquitto          mosquitto                              unit integration e2e journeys clients kexec
 mosquitto-clients  mosquitto_sub                          integration e2e journeys
 postgresql         /usr/lib/postgresql/                    integration e2e journeys
+nats-server        nats-server                            integration e2e journeys
+rabbitmq-server    /usr/lib/rabbitmq/bin/rabbitmq-server  integration e2e journeys
 prometheus         promtool                               unit integration e2e journeys
 curl               curl                                   integration e2e compose journeys clients
 qemu-system-x86    qemu-system-x86_64                     unit integration e2e journeys kexec

@@ -80,6 +80,7 @@ async def _serve(settings: CoordinatorSettings, store: CoordinatorStore, shared:
         settle_s=settings.settle_s,
         fleet=settings.fleet,
         shared=shared,
+        ignore_retained=settings.broker_retained == "ignored",
     )
     bus.peers = coordinator.known
     registry = CollectorRegistry()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 
@@ -31,6 +32,7 @@ from caesura_coordinator.owners import Owners
 from caesura_coordinator.reconciler import Reconciler
 from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.requests import RequestHandler
+from caesura_coordinator.resync import SETTLE_S, FleetResync
 from caesura_coordinator.sender import CommandSender
 from caesura_coordinator.shared_store import SharedStore
 from caesura_coordinator.status import StatusAnnouncer
@@ -87,6 +89,7 @@ class Coordinator:
         announce_s: float = _ANNOUNCE_S,
         commits: GroupCommit | None = None,
         shared: SharedStore | None = None,
+        ignore_retained: bool = False,
     ) -> None:
         self.bus = bus
         self.store = store
@@ -114,7 +117,7 @@ class Coordinator:
             store,
             self.commits,
             instance=instance,
-            settle_s=settle_s,
+            settle_s=settle_s + (SETTLE_S if ignore_retained else 0.0),
             announce_s=announce_s,
             host_epochs=self._host_epochs,
             holds=(lambda: shared.leads) if shared is not None else lambda: True,
@@ -172,6 +175,14 @@ class Coordinator:
             fleet_now=lambda: self.fleet,
             now=now,
         )
+        self.resync = FleetResync(
+            self.post,
+            self.leadership,
+            enabled=ignore_retained,
+            vms=lambda: sum(1 for _ in self.fleet.vm_names()),
+            publish=self._publish_state,
+            now=time.monotonic,
+        )
         self.commits.listeners.append(self._dispatcher.on_synced)
         self._subscribe()
 
@@ -221,6 +232,7 @@ class Coordinator:
             "publisher": self.publisher.run,
             "owner publisher": self._owner_publisher.run,
             "store": self.commits.run,
+            "resync": self.resync.run,
         }
 
     def known(self, party: str) -> list[str]:
@@ -329,6 +341,11 @@ class Coordinator:
     async def _on_connected(self) -> None:
         if self.bus.stats.connects > 1:
             self._observed.reconnected(self._now())
+        self.resync.connected()
+        await self._publish_state()
+
+    async def _publish_state(self) -> None:
+        """Everything that this coordinator retains: the broker may have lost it, or a reader asks."""
         if self._status is not None:
             await self._status.announce()
         if not self.is_leader:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 from caesura.bus.diagnosis import (
     BAD_USER_OR_PASSWORD,
@@ -29,6 +30,7 @@ from caesura.bus.messaging import MessageClient
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions, TlsFilesUnusable, options_from
 from caesura.bus.port import Bus, BusError, BusStats
+from caesura.bus.resync import Resync
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.envelope import Message, source_of
@@ -50,6 +52,8 @@ _TAKEN_S = 2.0
 """s: for the broker to accept a request."""
 _REPEAT_S = 1.0
 """s: between two sends of an unanswered request; the coordinator carries out a repeated one only once."""
+_BACKLOG = 200_000
+"""Messages that may wait where they come at QoS 0 and would be dropped: what a large fleet retains."""
 _QUIET_S = 0.3
 """s: of silence after which all retained messages count as received: MQTT does not mark their end."""
 
@@ -105,19 +109,32 @@ def _login() -> str:
 class Session:
     """The command's connection to the bus."""
 
-    def __init__(self, bus: Bus, client: str, fleet: str = "default") -> None:
+    def __init__(
+        self, bus: Bus, client: str, fleet: str = "default", *, ignore_retained: bool = False
+    ) -> None:
         self.bus = bus
         self.client = client
         self.fleet_view = FleetView()
         self.post = MessageClient(bus, source_of(fleet, "ctl", client))
+        self.resync = Resync(
+            self.post,
+            enabled=ignore_retained,
+            request=lambda: m.ClientResyncRequested(client=client),
+            client=client,
+        )
         self.connection = ConnectionNews(bus.stats, self.fleet_view.missed)
         self.changed = asyncio.Event()
         self._answers: dict[str, asyncio.Future[m.RequestAnswered]] = {}
         self._last = asyncio.get_running_loop().time()
         for channel in CHANNELS:
-            self.post.subscribe(channel.message, self._received)
+            if channel.message is not m.FleetResyncRequested:
+                self.post.subscribe(channel.message, self._received)
             if channel.retain:
                 self.post.on_tombstone(channel.message, partial(self._cleared, channel.message))
+
+    async def on_connected(self) -> None:
+        """Ask for the state of the fleet, where the broker does not give it."""
+        self.resync.connected()
 
     async def _received(self, message: Message, _: Received) -> None:
         self._last = asyncio.get_running_loop().time()
@@ -134,8 +151,24 @@ class Session:
         self.changed.set()
 
     async def settled(self, limit_s: float = 3.0) -> None:
-        """Return when everything retained has arrived: after a short silence, or ``limit_s`` seconds."""
+        """Return when everything retained has arrived: after a short silence, or ``limit_s`` seconds.
+
+        Where the broker's retained messages are ignored, the writers are asked first, which is waited for as long as for an answer.
+
+        Raises:
+            NoCoordinatorAnswer: nobody asked the writers.
+        """
         loop = asyncio.get_running_loop()
+        if self.resync.enabled:
+            try:
+                async with asyncio.timeout(ANSWER_S):
+                    await self.resync.answered.wait()
+            except TimeoutError:
+                raise NoCoordinatorAnswer(
+                    f"the state of the fleet was not published within {ANSWER_S:g} s: with BROKER_RETAINED=ignored a coordinator must ask for "
+                    "it. Is caesura-coordinator running, with the same setting?"
+                ) from None
+            await asyncio.sleep(self.resync.spread_s)
         end = loop.time() + limit_s
         # The condition is silence, which no event signals: hence a sleep until it would be complete.
         # A state caught between a wave and its rollout is complete a moment later: it must not be missing.
@@ -245,6 +278,8 @@ async def connect(
     """
     client = client_name(settings)
     options = options_from(settings, client_id=f"ctl-{client}-{new_id()[:8]}")
+    if len(options.addresses) > 1:
+        options = replace(options, subscribe_qos=0, backlog_limit=_BACKLOG)
     _check_tls(options)
     channels = (
         [channel for channel in CHANNELS if "ctl" in channel.readers]
@@ -256,16 +291,19 @@ async def connect(
         for channel in channels
     ]
     bus = MqttBus(options, filters=filters)
-    session = Session(bus, client, settings.fleet)
+    session = Session(bus, client, settings.fleet, ignore_retained=options.ignore_retained)
     if listener is not None:
         session.post.listeners.append(listener)
-    running = asyncio.create_task(bus.run(session.post.deliver), name="bus")
+    running = asyncio.create_task(bus.run(session.post.deliver, session.on_connected), name="bus")
+    resync = asyncio.create_task(session.resync.run(), name="resync")
     try:
         # A node that accepts connections and answers nothing takes the time of one broker.
         if not await bus.wait_connected(connect_s * len(options.addresses)):
             raise NoBroker(_no_broker(bus))
         yield session
     finally:
+        resync.cancel()
+        await asyncio.wait({resync})
         await bus.close()
         await running
 

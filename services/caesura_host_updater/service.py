@@ -14,6 +14,7 @@ from caesura.bus.messaging import MessageClient
 from caesura.bus.options import parse_addresses
 from caesura.bus.port import Bus, BusError, Delivery
 from caesura.bus.presence import Presence
+from caesura.bus.resync import Resync
 from caesura.contract.codec import Received
 from caesura.contract.envelope import source_of
 from caesura.contract.messages import (
@@ -199,6 +200,9 @@ class HostUpdater:
             agents=self._agents,
             records=self._records,
         )
+        self._resync = Resync(
+            self.post, enabled=settings.broker_retained == "ignored", publish=self._publish_state
+        )
         self._received_ns = 0
         self._listen()
 
@@ -232,6 +236,7 @@ class HostUpdater:
             "installed updates": self._installed_probe.run,
             "pause markers": self._pauses.remove_later,
             "kernel": self._kernel.run,
+            "resync": self._resync.run,
         }
 
     # -- start ----------------------------------------------------------------------------------------------
@@ -263,8 +268,12 @@ class HostUpdater:
         await self.post.deliver(delivery)
 
     async def _on_connected(self) -> None:
-        self._changed.set()
         self.clocks.connected()
+        await self._publish_state()
+
+    async def _publish_state(self) -> None:
+        """Everything that is retained: the broker may have lost it, or a reader asks."""
+        self._changed.set()
         self._statuses.connected()
         self._details.connected()
         self._inventories.connected()

@@ -47,7 +47,7 @@ async def _main(settings: MetadataPublisherSettings) -> None:
     listeners = read_listeners(settings.listeners_file)
     bus = MqttBus(
         options_from(settings, client_id=f"caesura-metadata-{settings.instance}"),
-        filters=filters(),
+        filters=filters([each.vm for each in listeners]),
         will=last_will(
             presence(settings.instance, online=False),
             source_of(settings.fleet, "metadata", settings.instance),
@@ -68,6 +68,7 @@ async def _main(settings: MetadataPublisherSettings) -> None:
                 "bus": publisher.run_bus,
                 "approvals": publisher.run_approvals,
                 "presence": publisher.run_presence,
+                "resync": publisher.run_resync,
             },
             drain=publisher.drain,
         )

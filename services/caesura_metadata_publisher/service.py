@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from uuid import NAMESPACE_URL, uuid5
@@ -20,11 +20,13 @@ import msgspec
 from caesura.bus.messaging import MessageClient
 from caesura.bus.port import Bus, BusError
 from caesura.bus.presence import Presence
+from caesura.bus.resync import Resync
 from caesura.contract.codec import Received
 from caesura.contract.envelope import Message, source_of
 from caesura.contract.messages import (
     HostInventory,
     PublisherPresence,
+    PublisherResyncRequested,
     ScheduledEvent,
     SetDocument,
     VmApproved,
@@ -69,11 +71,21 @@ def presence(instance: str, *, online: bool) -> PublisherPresence:
     return PublisherPresence(instance=instance, online=online)
 
 
-def filters() -> tuple[str, ...]:
-    """What a publisher subscribes to."""
-    return tuple(
-        channel_of(kind).filter() for kind in with_parts((SetDocument, HostInventory, VmOwner, VmDetails))
-    )
+_FILTERS_BY_VM = 256
+"""The most VMs for which a publisher has filters of their own; above, one for all is less work for everybody."""
+
+
+def filters(vms: Sequence[str] = ()) -> tuple[str, ...]:
+    """What a publisher subscribes to.
+
+    Args:
+        vms: the VMs that it serves; none: any. Some brokers refuse a filter for all to whom only some are allowed.
+    """
+    of_all = tuple(channel_of(kind).filter() for kind in with_parts((SetDocument, HostInventory)))
+    of_each = [channel_of(kind) for kind in (VmOwner, VmDetails)]
+    if not vms or len(vms) > _FILTERS_BY_VM:
+        return (*of_all, *(channel.filter() for channel in of_each))
+    return (*of_all, *(channel.filter(vm=vm) for vm in dict.fromkeys(vms) for channel in of_each))
 
 
 class MetadataPublisher:
@@ -99,6 +111,14 @@ class MetadataPublisher:
             partial(presence, settings.instance, online=False),
             instance=settings.instance,
         )
+        self._resync = Resync(
+            self._post,
+            enabled=settings.broker_retained == "ignored",
+            request=lambda: PublisherResyncRequested(instance=settings.instance),
+            publish=self._announce,
+            instance=settings.instance,
+        )
+        self.run_resync = self._resync.run
         self.run_approvals = self._approvals.run
         self.run_presence = self._presence.run
         strict = settings.fidelity == "strict"
@@ -143,6 +163,10 @@ class MetadataPublisher:
 
     async def publish_state(self) -> None:
         """The retained presence, after every (re)connect."""
+        self._resync.connected()
+        await self._announce()
+
+    async def _announce(self) -> None:
         await self._presence.announce()
 
     async def drain(self) -> None:

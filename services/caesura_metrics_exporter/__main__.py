@@ -58,6 +58,7 @@ async def _main(settings: MetricsExporterSettings) -> None:
             {
                 "bus": exporter.run_bus,
                 "live": exporter.stream.run,
+                "resync": exporter.resync.run,
             },
             drain=exporter.drain,
         )

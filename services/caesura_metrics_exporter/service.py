@@ -11,10 +11,20 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
+from caesura.bus.messaging import MessageClient
 from caesura.bus.port import Bus, Delivery
 from caesura.bus.refusal_log import RefusalLog
+from caesura.bus.resync import Resync
 from caesura.contract.codec import ContractError, decode
-from caesura.contract.messages import HostInventory, VmClockSynced, VmFrozen, VmResumed
+from caesura.contract.envelope import source_of
+from caesura.contract.messages import (
+    ExporterResyncRequested,
+    FleetResyncRequested,
+    HostInventory,
+    VmClockSynced,
+    VmFrozen,
+    VmResumed,
+)
 from caesura.contract.parts import PARTS, Joiner
 from caesura.contract.topics import PREFIX, match_topic
 from caesura.runtime.logs import get_logger
@@ -61,6 +71,12 @@ class MetricsExporter:
         self._ownership = self._folded.state.ownership
         self._sampled = Sampler()
         self._refused = RefusalLog()
+        self.resync = Resync(
+            MessageClient(bus, source_of(settings.fleet, "exporter", settings.instance)),
+            enabled=settings.broker_retained == "ignored",
+            request=lambda: ExporterResyncRequested(instance=settings.instance),
+            instance=settings.instance,
+        )
         self.live = LivePageState(self._folded)
         self.stream = LiveStream(self.live, wall, monotonic, self.broker_ping)
 
@@ -78,7 +94,10 @@ class MetricsExporter:
 
     async def run_bus(self) -> None:
         """Keep the connection; deliver."""
-        await self._bus.run(self.deliver)
+        await self._bus.run(self.deliver, self._on_connected)
+
+    async def _on_connected(self) -> None:
+        self.resync.connected()
 
     async def drain(self) -> None:
         """Disconnect from the bus; the broker keeps the session."""
@@ -109,6 +128,8 @@ class MetricsExporter:
         received = whole
         now_s = self._monotonic()
         message = received.message
+        if isinstance(message, FleetResyncRequested):
+            self.resync.observed(message)
         if isinstance(message, VmFrozen | VmResumed | VmClockSynced):
             if not self._ownership.may_speak(message.host, message.vm):
                 self._foreign(message)

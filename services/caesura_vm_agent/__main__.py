@@ -63,6 +63,7 @@ async def _main(settings: VmAgentSettings) -> None:
                 "canary": agent.run_canary,
                 "presence": agent.run_presence,
                 "publisher": agent.run_publisher,
+                "resync": agent.run_resync,
             },
             drain=agent.drain,
         )

@@ -14,10 +14,12 @@ import msgspec
 
 from caesura.bus.messaging import MessageClient
 from caesura.bus.port import Bus, Delivery
+from caesura.bus.resync import Resync
 from caesura.contract.codec import Received
 from caesura.contract.envelope import source_of
 from caesura.contract.messages import (
     AgentClockSynced,
+    AgentResyncRequested,
     ClockSyncAnswered,
     ClockSyncRequested,
     HookFinished,
@@ -82,6 +84,14 @@ class VmAgent:
             canary=self.canary,
         )
         self.canary.on_filled = self._voice.presence.changed  # only then can a plan count on it
+        self._resync = Resync(
+            self._post,
+            enabled=settings.broker_retained == "ignored",
+            request=lambda: AgentResyncRequested(vm=settings.vm),
+            publish=self._publish_again,
+            vm=settings.vm,
+        )
+        self.run_resync = self._resync.run
         self.run_presence = self._voice.presence.run
         self.run_publisher = self._voice.publisher.run
         self._sync = ClockSync(settings.vm, boot_id, clock, settings.sync_policy, self._ask)
@@ -178,6 +188,10 @@ class VmAgent:
 
     async def publish_state(self) -> None:
         """On every (re)connect: the retained presence, and the answers that may have been lost."""
+        self._resync.connected()
+        await self._publish_again()
+
+    async def _publish_again(self) -> None:
         await self._voice.presence.announce()
         self._announce_now.set()
 

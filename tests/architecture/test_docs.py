@@ -125,7 +125,7 @@ def test_the_words_shown_give_a_standby_the_coordinators_rights_and_a_reader_non
     assert standby[0] == "user coordinator_standby"
     assert "topic write caesura/v1/fleet/rollout/+" in standby
     assert consumer[0] == "user exporter_alice"
-    assert not [line for line in consumer if "write" in line]
+    assert [line for line in consumer if "write" in line] == ["topic write caesura/v1/exporter/alice/resync"]
 
 
 def anchors(page: str) -> set[str]:

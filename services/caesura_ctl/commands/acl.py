@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from caesura.contract.access import Principal, VmPlacement, access_rules
+from caesura.contract.access import Principal, VmPlacement, access_rules, nats_users, rabbitmq_definitions
 from caesura.contract.names import is_name, own_set
 from caesura_ctl.name_params import read_set
 
@@ -27,6 +27,7 @@ examples:
   caesura acl coordinator exporter metadata:fleet host:host-1 vm:web-1:web ctl:ops > acl
   caesura acl host:host-1:web-1=web/0,db-1=db/0 metadata:host-1:web-1,db-1 vm:web-1:web:host-1
   caesura acl --users vm:web-1:web host:host-1
+  caesura acl --format nats coordinator host:host-1 vm:web-1:web ctl:ops > users.conf
 
 \b
 exit codes:
@@ -103,8 +104,16 @@ def _place(text: str) -> VmPlacement | None:
 @click.command(epilog=_EPILOG)
 @click.argument("principals", nargs=-1, required=True, type=_PrincipalParam())
 @click.option("--users", is_flag=True, help="Print only the user names, one a line, for mosquitto_passwd.")
-def acl(principals: tuple[Principal, ...], *, users: bool) -> None:
-    """Print the broker's access rules (Mosquitto acl_file) for the users of a fleet.
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["mosquitto", "nats", "rabbitmq"]),
+    default="mosquitto",
+    show_default=True,
+    help="An acl_file of Mosquitto, the users.conf of deploy/nats, or definitions of RabbitMQ.",
+)
+def acl(principals: tuple[Principal, ...], *, users: bool, form: str) -> None:
+    """Print the broker's access rules for the users of a fleet.
 
     Each PRINCIPAL is coordinator, exporter, host:NAME[:VM[=SET[/DOMAIN]],...], vm:NAME[:SET[:HOST]],
     metadata:NAME[:VM,VM...] or ctl:NAME; its user name at the broker is party_name. A standby coordinator or a second
@@ -116,7 +125,8 @@ def acl(principals: tuple[Principal, ...], *, users: bool) -> None:
         for each in principals:
             click.echo(each.username)
         return
-    click.echo(access_rules(principals), nl=False)
+    rules = {"mosquitto": access_rules, "nats": nats_users, "rabbitmq": rabbitmq_definitions}
+    click.echo(rules[form](principals), nl=False)
     endless = [each.username for each in principals if each.party in _ADVICE and not each.bounded]
     if endless:
         named = ", ".join(endless[:3]) + (f" and {len(endless) - 3} more" if len(endless) > 3 else "")

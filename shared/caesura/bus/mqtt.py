@@ -34,8 +34,10 @@ from caesura.runtime.logs import get_logger
 _log = get_logger("caesura.bus")
 
 _FILTERS_AT_ONCE = 1_000  # a packet of some 100 KiB
-_SILENCE_S = 10.0
-"""s: after which a node of a cluster that owes an answer is given up. An election of a new leader takes less."""
+_FILTERS_AT_ONCE_IN_CLUSTER = 4
+"""A cluster makes a consumer on several nodes for each filter (NATS: some 0.2 s), and answers when it has made all of a packet."""
+_SILENCE_S = 5.0
+"""s: of silence after which a node of a cluster gets a ping, and after as many more is given up. It answers pings whatever its cluster does."""
 _UNSTABLE = 3  # short-lived connections in a row: then the log says that another client may use our id
 
 
@@ -144,6 +146,9 @@ class MqttBus(ReconnectingBus):
             self._throttle(self._link)
 
     def _arrived(self, link: MqttConnection, arrival: IncomingMessage) -> None:
+        if arrival.retained and self.options.ignore_retained:
+            link.acknowledge(arrival)
+            return
         delivery = Delivery(arrival.topic, arrival.payload, arrival.retained)
         self._take(QueuedDelivery(delivery, arrival.qos, partial(link.acknowledge, arrival)))
         self._throttle(link)
@@ -255,7 +260,7 @@ class MqttBus(ReconnectingBus):
 
     async def _subscribe(self, link: MqttConnection, filters: Sequence[str]) -> None:
         """Subscribe in packets that any broker accepts. There may be no filters at all."""
-        for each in _packets(filters):
+        for each in self._packets(filters):
             await link.subscribe_all(each)
 
     def _subscribe_more(self, filters: Sequence[str]) -> None:
@@ -290,7 +295,7 @@ class MqttBus(ReconnectingBus):
             wanted, self._to_subscribe = self._to_subscribe, []
             dropped, self._to_drop = self._to_drop, []
             with contextlib.suppress(OSError, BusError), self._listening(link):
-                packets = _packets(wanted)
+                packets = self._packets(wanted)
                 if not wanted:
                     link.drop(dropped)
                 await asyncio.gather(
@@ -336,6 +341,6 @@ class MqttBus(ReconnectingBus):
             advice=problem.hint,
         )
 
-
-def _packets(filters: Sequence[str]) -> list[Sequence[str]]:
-    return [filters[first : first + _FILTERS_AT_ONCE] for first in range(0, len(filters), _FILTERS_AT_ONCE)]
+    def _packets(self, filters: Sequence[str]) -> list[Sequence[str]]:
+        most = _FILTERS_AT_ONCE if len(self._brokers) == 1 else _FILTERS_AT_ONCE_IN_CLUSTER
+        return [filters[first : first + most] for first in range(0, len(filters), most)]

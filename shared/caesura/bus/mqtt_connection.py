@@ -92,8 +92,8 @@ class MqttConnection(aiomqtt.Client):
         self.calls = 0
         """How many of our callers wait for an answer of the broker: while any does, reading must continue."""
         self._acks: dict[int, asyncio.Future[ReasonCode | None]] = {}
-        self._sent_at_s: dict[int, float] = {}
-        """When each publish that waits for its answer was sent, the oldest first, by the loop's clock."""
+        self._pinged_at_s: float | None = None
+        """When a ping was sent because nothing else came, by the loop's clock."""
         self._slots = asyncio.Semaphore(options.max_in_flight)
         self._end_reason: ReasonCode | None = None
         five = protocol == "5"
@@ -167,7 +167,7 @@ class MqttConnection(aiomqtt.Client):
             raise ConnectTimeout from None
 
     async def subscribe_all(self, filters: Sequence[str], instead_of: Sequence[str] = ()) -> None:
-        """Subscribe at QoS 1 to all filters with one packet; right behind it, unsubscribe from those of ``instead_of``.
+        """Subscribe to all filters with one packet; right behind it, unsubscribe from those of ``instead_of``.
 
         A broker processes them in this order, so nothing is missed in between; and no caller waits for its first answer, which
         comes behind everything queued for us.
@@ -181,7 +181,8 @@ class MqttConnection(aiomqtt.Client):
         """
         if not filters:
             return
-        call = asyncio.ensure_future(self.subscribe([(each, 1) for each in filters], timeout=math.inf))
+        wanted: list[tuple[str, int]] = [(each, self._options.subscribe_qos) for each in filters]
+        call = asyncio.ensure_future(self.subscribe(wanted, timeout=math.inf))
         try:
             await asyncio.sleep(0)  # let it run until it waits for the answer
             self.drop(instead_of)
@@ -261,8 +262,6 @@ class MqttConnection(aiomqtt.Client):
         # The broker's answer frees the slot, not our return to the caller.
         answer: asyncio.Future[ReasonCode | None] = self._loop.create_future()
         self._acks[info.mid] = answer
-        if self._options.silence_s:
-            self._sent_at_s[info.mid] = self._loop.time()
         timer = self._loop.call_at(deadline, _too_late, answer)
         try:
             code = await answer
@@ -369,7 +368,6 @@ class MqttConnection(aiomqtt.Client):
         self, client: paho.Client, userdata: Any, mid: int, reason_code: ReasonCode, properties: Properties
     ) -> None:
         answer = self._acks.pop(mid, None)
-        self._sent_at_s.pop(mid, None)
         if answer is None:
             return
         self._slots.release()
@@ -440,21 +438,29 @@ class MqttConnection(aiomqtt.Client):
                 self._client._ping_t = 0.0  # noqa: SLF001
             if self._client.loop_misc() != paho.MQTT_ERR_SUCCESS:
                 return
-            if self._silent():
+            if self._options.silence_s and self._silent(self._options.silence_s):
                 self._disconnected.set_exception(
-                    BusUnavailable(
-                        f"no answer to a publish, and nothing else, for {self._options.silence_s:g} s"
-                    )
+                    BusUnavailable(f"no answer to a ping for {self._options.silence_s:g} s")
                 )
                 return
             await asyncio.sleep(_MISC_S)
 
-    def _silent(self) -> bool:
-        """Whether the broker owes us an answer and has sent nothing for too long: it hangs, while its kernel keeps the connection."""
-        if self._paused or self.ended or not self._sent_at_s:
+    def _silent(self, silence_s: float) -> bool:
+        """Whether the broker hangs, while its kernel keeps the connection: nothing came, and then no answer to a ping.
+
+        A node answers pings by itself, also while its cluster has no leader. The protocol's own keepalive is longer, since a frozen
+        guest sends nothing. One that wakes up reads what has arrived before it comes here.
+        """
+        now_s = self._loop.time()
+        if self._paused or (self._pinged_at_s is not None and self._read_at_s >= self._pinged_at_s):
+            self._pinged_at_s = None
+        if self._paused or self.ended or not self._connected.done() or now_s - self._read_at_s < silence_s:
             return False
-        oldest_s = next(iter(self._sent_at_s.values()))
-        return self._loop.time() - max(oldest_s, self._read_at_s) >= self._options.silence_s
+        if self._pinged_at_s is None:
+            self._pinged_at_s = now_s
+            self._client._send_pingreq()  # noqa: SLF001
+            return False
+        return now_s - self._pinged_at_s >= silence_s
 
     def _on_end(self, _: asyncio.Future[None]) -> None:
         for answer in list(self._acks.values()):

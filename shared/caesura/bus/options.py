@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import ssl
 import stat
 from pathlib import Path
@@ -12,6 +13,8 @@ import msgspec
 
 from caesura.runtime.errors import ConfigError
 from caesura.runtime.settings import Secret, ServiceSettings
+
+_ID_CODE = 16  # hexadecimal digits
 
 
 class BrokerOptionsError(ConfigError):
@@ -66,6 +69,8 @@ class BrokerOptions(msgspec.Struct, frozen=True, kw_only=True):
     """False: a persistent session; the broker keeps QoS 1 messages for us while we are disconnected."""
     session_expiry_s: int = 86_400
     """How long a persistent session outlives its connection (MQTT 5; 3.1.1 leaves it to the broker)."""
+    subscribe_qos: Literal[0, 1] = 1
+    """0: for a reader that comes and goes, at a cluster: a subscription at QoS 1 takes its nodes some 0.2 s each."""
     max_in_flight: int = 20
     """Publishes that may wait for their acknowledgement at once; more wait for their turn (Mosquitto's default)."""
     backlog_limit: int = 1_000
@@ -79,8 +84,10 @@ class BrokerOptions(msgspec.Struct, frozen=True, kw_only=True):
     reconnect_max_s: float = 10.0
     close_timeout_s: float = 5.0
     """How long ``close`` waits for the message that is being handled."""
+    ignore_retained: bool = False
+    """Whether messages that the broker had retained are dropped: its nodes may have none, or an old one (``caesura.bus.resync``)."""
     silence_s: float = 0.0
-    """A connection on which the broker has sent nothing for this long, though a publish waits for its answer, is given up; 0: never.
+    """A broker that has sent nothing for this long gets a ping, and is given up if it does not answer as long; 0: when the keepalive ends.
     For nodes of a cluster: there is another one to go to."""
 
     def __post_init__(self) -> None:
@@ -141,7 +148,15 @@ class BrokerOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def options_from(settings: ServiceSettings, *, client_id: str, clean: bool = True) -> BrokerOptions:
-    """The options from a service's settings."""
+    """The options from a service's settings.
+
+    At a cluster the client id ends in a code that only the owner of the password can compute: clustered brokers do not bind ids to users
+    as Mosquitto does (``use_username_as_clientid``), and who knows another's id disconnects it.
+    """
+    secret = settings.broker_password.reveal()
+    if secret and len(parse_addresses(settings.broker_url)) > 1:
+        code = hmac.new(secret.encode(), client_id.encode(), "sha256").hexdigest()[:_ID_CODE]
+        client_id = f"{client_id}-{code}"
     return BrokerOptions(
         url=settings.broker_url,
         client_id=client_id,
@@ -151,6 +166,7 @@ def options_from(settings: ServiceSettings, *, client_id: str, clean: bool = Tru
         cert_file=settings.broker_cert_file,
         key_file=settings.broker_key_file,
         protocol=settings.broker_protocol,
+        ignore_retained=settings.broker_retained == "ignored",
         clean=clean,
     )
 

@@ -34,6 +34,8 @@ LIMITS: Mapping[str, Limit] = {
     "host": Limit(500, 20_000),
     "metadata": Limit(200, 5_000),
     "ctl": Limit(20, 500),
+    # Requests for a resync, by a reader that otherwise writes nothing.
+    "exporter": Limit(1, 50),
 }
 
 

@@ -53,12 +53,16 @@ class Collector:
 
 @contextlib.asynccontextmanager
 async def running(
-    bus: Bus, receive: Handler | None = None, on_connected: Connected | None = None
+    bus: Bus,
+    receive: Handler | None = None,
+    on_connected: Connected | None = None,
+    *,
+    timeout_s: float = PATIENCE_S,
 ) -> AsyncIterator[asyncio.Task[None]]:
     """Run ``bus`` connected for the time of the block, and close it with a goodbye; yields the task of ``run``."""
     task = asyncio.create_task(bus.run(receive or Collector().receive, on_connected))
     try:
-        if not await bus.wait_connected(PATIENCE_S):
+        if not await bus.wait_connected(timeout_s):
             raise AssertionError(f"not connected: {bus.stats.last_error}")
         yield task
     finally:

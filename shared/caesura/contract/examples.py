@@ -430,4 +430,9 @@ def examples() -> list[Example]:
             ),
             {"coordinator": "coordinator-2"},
         ),
+        Example(m.FleetResyncRequested(coordinator="coordinator-5d1c9a70", spread_s=1.0), {}),
+        Example(m.AgentResyncRequested(vm="web-1"), {"vm": "web-1"}),
+        Example(m.PublisherResyncRequested(instance="fleet"), {"instance": "fleet"}),
+        Example(m.ClientResyncRequested(client="ops"), {"client": "ops"}),
+        Example(m.ExporterResyncRequested(instance="exporter"), {"instance": "exporter"}),
     ]

@@ -357,6 +357,41 @@ CHANNELS: tuple[Channel, ...] = (
         retain=True,
         summary="A coordinator that shares its store with others: whether it leads or stands by, and what it waits for.",
     ),
+    Channel(
+        address=f"{PREFIX}/fleet/resync",
+        message=m.FleetResyncRequested,
+        writer="coordinator",
+        readers=("coordinator", "host", "vm", "metadata", "ctl", "exporter"),
+        summary="All writers publish their retained state again; only with brokers that do not keep it for everybody.",
+    ),
+    Channel(
+        address=f"{PREFIX}/vm/{{vm}}/resync",
+        message=m.AgentResyncRequested,
+        writer="vm",
+        readers=("coordinator",),
+        summary="An agent asks for the state that it reads.",
+    ),
+    Channel(
+        address=f"{PREFIX}/metadata/{{instance}}/resync",
+        message=m.PublisherResyncRequested,
+        writer="metadata",
+        readers=("coordinator",),
+        summary="A metadata publisher asks for the state that it reads.",
+    ),
+    Channel(
+        address=f"{PREFIX}/ctl/{{client}}/resync",
+        message=m.ClientResyncRequested,
+        writer="ctl",
+        readers=("coordinator",),
+        summary="An operator's client asks for the state of the fleet.",
+    ),
+    Channel(
+        address=f"{PREFIX}/exporter/{{instance}}/resync",
+        message=m.ExporterResyncRequested,
+        writer="exporter",
+        readers=("coordinator",),
+        summary="An exporter or a consumer asks for the state of the fleet.",
+    ),
 )
 
 

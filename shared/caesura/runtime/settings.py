@@ -68,6 +68,12 @@ class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         Literal["auto", "5", "3.1.1"],
         Meta(description="MQTT version; `auto` tries 5 and falls back to 3.1.1."),
     ] = "auto"
+    broker_retained: Annotated[
+        Literal["trusted", "ignored"],
+        Meta(
+            description="`ignored`: for a broker whose nodes keep retained messages each for itself (RabbitMQ). What it retained is not read; it is asked for on the bus. The same for all services of a fleet."
+        ),
+    ] = "trusted"
     broker_username: Annotated[str, Meta(description="User name at the broker; empty for none.")] = ""
     broker_password: Annotated[
         Secret, Meta(description="Password at the broker, read from the file named here.")

@@ -207,7 +207,7 @@ async def play(post: MessageClient, *, online: bool = True) -> None:
         vm="web-1",
     )
     await post.send(m.RequestAnswered(request="q1", accepted=True), client="cli")
-    await post.bus.publish("caesura/v1/fleet/coordinator/nonsense", b"{}")
+    await post.bus.publish("caesura/v1/fleet/nonsense", b"{}")
     await post.bus.publish("caesura/v1/host/host-1/operation", b"{nonsense")
 
 

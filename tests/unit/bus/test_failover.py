@@ -19,14 +19,18 @@ from caesura.bus.port import BusUnavailable
 from caesura_testing.collector import Collector, eventually
 from caesura_testing.scripted import (
     CONNECT,
+    PINGREQ,
     PUBLISH,
     SUBSCRIBE,
     ScriptedBroker,
     ScriptedConnection,
     connack,
     message_id_of,
+    packet,
     puback,
 )
+
+PINGRESP = 13
 
 
 @asynccontextmanager
@@ -151,9 +155,22 @@ async def test_a_node_that_hangs_while_a_publish_waits_is_left(
         await publishing
         publishing = asyncio.create_task(bus.publish("a", b"2", timeout_s=3600))
         await there.read(PUBLISH)
+        await there.read(PINGREQ)
         await accepted(second)
         with pytest.raises(BusUnavailable):
             await publishing
+
+
+async def test_a_node_that_answers_pings_is_kept(brokers: tuple[ScriptedBroker, ScriptedBroker]) -> None:
+    """Its cluster may have no leader for a while: then publishes wait."""
+    first, second = brokers
+    bus = bus_of(first.url, second.url, silence_s=1.0)
+    async with run(bus):
+        there = await accepted(first)
+        for _ in range(3):
+            await there.read(PINGREQ)
+            await there.send(packet(PINGRESP, b""))
+        assert bus.stats.connects == 1
 
 
 async def test_when_all_are_dead_each_is_named_and_there_is_a_pause(

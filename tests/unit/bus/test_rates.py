@@ -38,4 +38,4 @@ def test_a_full_host_at_once_is_within_its_limit() -> None:
 def test_who_writes_is_in_the_topic() -> None:
     assert writer_of(OWN) == ("vm", "web-1")
     assert writer_of("caesura/v1/vm") == ("", "")
-    assert set(LIMITS) == {"vm", "host", "metadata", "ctl"}
+    assert set(LIMITS) == {"vm", "host", "metadata", "ctl", "exporter"}

@@ -19,7 +19,7 @@ import pytest
 from caesura_nested_host.fleet_host import FleetHost
 from caesura_nested_host.image import Image, NoImage, build, missing
 from caesura_nested_host.machine import CONSOLE, running
-from caesura_testing.nested_guests import assert_continued
+from caesura_testing.nested_guests import SLOW, assert_continued
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 _PATIENCE_S = 600.0
@@ -69,8 +69,7 @@ async def until_ready(stage: Any, host: FleetHost) -> None:
 async def rolled(stage: Any, host: FleetHost, update: str, *, before: str = "true") -> tuple[Any, Any]:
     """The end of a rollout of one host that did not go as planned, and the host's report; it holds no set any more.
 
-    A guest whose state was not saved in time continues in the old kernel, and the next rollout tries again: nothing is quick in
-    the emulation of a busy machine.
+    A guest that was not prepared or saved in time continues in the old kernel, and the next rollout tries again.
 
     Args:
         before: a script for the host, before each try.
@@ -81,7 +80,7 @@ async def rolled(stage: Any, host: FleetHost, update: str, *, before: str = "tru
         state, report = await ended(stage, rollout, update)
         if state.status != "completed":
             await stage.give_up(rollout)
-        if "freeze_failed" not in report.codes:
+        if not SLOW & set(report.codes):
             return state, report
         await until_ready(stage, host)
     raise AssertionError(report.reason)

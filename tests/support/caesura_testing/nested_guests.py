@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from caesura_nested_host.fleet_host import FleetHost
 
+SLOW = {"prepare_failed", "freeze_failed"}
+"""Codes of a host whose guest stayed in the old kernel since its QEMU was too slow: nothing is quick in the emulation of a busy machine."""
+
 
 def assert_continued(host: FleetHost, since: float, release: str) -> None:
     """Each guest had one pause, beats again, without a gap in its numbers, in the same boot, with its memory as it was.

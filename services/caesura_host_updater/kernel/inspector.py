@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +35,8 @@ _OF_THE_FLEET = ("caesura-coordinator", "caesura-metadata-publisher", "caesura-m
 _BROKERS = ("mosquitto", "nats-server", "emqx", "rabbitmq-server")
 _VMMS = ("qemu-system-", "qemu-kvm", "firecracker", "cloud-hyperviso", "crosvm", "VBoxHeadless")
 """As ``comm`` has them: its first 15 characters."""
+_EXEC_S = 1.0  # s: for a process to become another program
+_EXEC_LOOK_S = 0.01
 _OURS = f"{QEMU_MARK}=".encode()
 _TEXT = 1000  # characters of a problem: an inventory holds several
 
@@ -215,7 +218,7 @@ def _foreign_guests(proc: Path) -> tuple[str, ...]:
         if not name.startswith(_VMMS):
             continue
         try:
-            environ = (folder / "environ").read_bytes()
+            environ = _environ(folder / "environ")
         except PermissionError:
             environ = b""
         except OSError:
@@ -223,6 +226,18 @@ def _foreign_guests(proc: Path) -> tuple[str, ...]:
         if not any(each.startswith(_OURS) for each in environ.split(b"\0")):
             found.append(f"{name} (pid {folder.name})")
     return tuple(sorted(found))
+
+
+def _environ(path: Path) -> bytes:
+    """What a process was started with. While it becomes another program (execve) it has its new name already, and no environment yet.
+
+    Raises:
+        OSError: it has ended, or is another user's.
+    """
+    until = time.monotonic() + _EXEC_S
+    while not (found := path.read_bytes()) and time.monotonic() < until:
+        time.sleep(_EXEC_LOOK_S)
+    return found
 
 
 def _is_here(host: str) -> bool:

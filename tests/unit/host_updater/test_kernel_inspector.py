@@ -258,6 +258,24 @@ async def test_guests_that_are_not_ours_are_seen(
     assert "(pid 21)" in await one.error(NEW, 30.0)
 
 
+async def test_a_guest_that_is_being_started_is_ours_when_its_environment_is_there(
+    readiness: Callable[..., KernelInspector], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In execve the process has QEMU's name already, and an empty environment."""
+    (root / "proc/20").mkdir()
+    (root / "proc/20/comm").write_text("qemu-system-x86\n")
+    environ = root / "proc/20/environ"
+    environ.touch()
+    monkeypatch.setattr(
+        "caesura_host_updater.kernel.inspector.time.sleep",
+        lambda _: environ.write_text("CAESURA_QEMU=h/a/start\0"),
+    )
+    one = readiness()
+    await one.look()
+    assert one.record is not None
+    assert one.record.problems == ()
+
+
 async def test_a_broker_on_the_host_itself_is_seen(readiness: Callable[..., KernelInspector]) -> None:
     one = readiness(broker_hosts=["127.0.0.1"])
     await one.look()

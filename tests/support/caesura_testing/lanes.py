@@ -31,6 +31,7 @@ _WORKERS = f"-n {min(CORES, 8)} --dist loadfile"
 
 
 _JOURNEYS = ("demo", "docs", "page", "qemu")
+_CLUSTERS = ("broker_clusters", "high_availability")
 
 
 class Lane(NamedTuple):
@@ -76,12 +77,16 @@ LANES = {
         "pytest -q tests/e2e "
         + " ".join(
             f"--ignore tests/e2e/{name}"
-            for name in (*_JOURNEYS, "clients", "compose", "containers", "kexec", "soak")
+            for name in (*_JOURNEYS, *_CLUSTERS, "clients", "compose", "containers", "kexec", "soak")
         ),
     ),
     "journeys": Lane(
         f"tests/e2e/{{{','.join(_JOURNEYS)}}}: what people see and type, and QEMU guests",
         "pytest -q " + " ".join(f"tests/e2e/{name}" for name in _JOURNEYS),
+    ),
+    "clusters": Lane(
+        f"tests/e2e/{{{','.join(_CLUSTERS)}}}: coordinators that share PostgreSQL, brokers of three nodes",
+        "pytest -q " + " ".join(f"tests/e2e/{name}" for name in _CLUSTERS),
     ),
     "integration": Lane(
         "tests/integration: real Mosquitto, embedded broker, frozen processes, HTTP, promtool",

@@ -27,10 +27,10 @@ python3-pip        +pip                                   all
 git                git                                    unit integration e2e journeys clusters
 openssl            openssl                                unit integration e2e journeys clusters
 tar                tar                                    unit integration e2e journeys clusters
-mosquitto          mosquitto                              unit integration e2e journeys clients kexec clusters
+mosquitto          mosquitto                              unit integration e2e journeys clients kexec clusters nats
 mosquitto-clients  mosquitto_sub                          integration e2e journeys clusters
 postgresql         /usr/lib/postgresql/                    integration clusters
-nats-server        nats-server                            integration clusters
+nats-server        nats-server                            nats
 rabbitmq-server    /usr/lib/rabbitmq/bin/rabbitmq-server  integration clusters
 prometheus         promtool                               unit integration e2e journeys
 curl               curl                                   integration e2e compose journeys clients clusters

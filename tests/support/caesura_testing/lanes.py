@@ -158,6 +158,12 @@ LANES = {
         tests/architecture/author.sh "$PWD/.lanes/wheel/author"
         """,
     ),
+    "nats": Lane(
+        "NATS JetStream as the broker, experimental: the bus conformance suite, access rules, rollouts with nodes killed; on an idle "
+        "machine (minutes)",
+        "CAESURA_TEST_NATS=1 pytest -q tests/integration/bus/test_nats.py tests/e2e/broker_clusters -k nats",
+        named=True,
+    ),
     "soak": Lane(
         "random kills, and one fault inside each pause, each for a minute and longer; CAESURA_SOAK_S=300 for five; the seeds are "
         "printed",

@@ -129,8 +129,9 @@ LANES = {
         """
         why=$(python -m caesura_nested_host.image --missing) || { echo "SKIPPED: $why"; exit 77; }
         python -m caesura_nested_host.image
-        pytest -q -rP -n 2 --dist loadfile tests/e2e/kexec
+        pytest -q -s tests/e2e/kexec
         """,
+        named=True,
         alone=True,
     ),
     "asyncapi": Lane(

@@ -7,54 +7,20 @@ the order from its store.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Sequence
+from datetime import datetime
 
 import msgspec
 
-from caesura.contract.messages import Policy
 from caesura.contract.reasons import ReasonCode
 from caesura_coordinator.decision import Decision
 from caesura_coordinator.effects import EventPostponed
+from caesura_coordinator.not_before import expected_end, lead, whole_second
 from caesura_coordinator.records import Rollout, Wave
 
 MOST_QUEUED = 8
 """The most rollouts that wait for one: else those of a script that orders one a day would all run in a row after a halt."""
-_LEAD_MOST_S = 60.0
-"""s: what workloads and agents have between the end of the rollout ahead and NotBefore, to recover and prepare again; less if the notice is less."""
 _CODES: tuple[ReasonCode, ...] = ("queued",)
-
-
-def first_not_before(policy: Policy, ahead: Iterable[Rollout], now: datetime) -> datetime:
-    """NotBefore of a wave that is announced now: with the whole notice, and after the expected end of those ahead."""
-    notice = now + timedelta(seconds=policy.notice_s)
-    ends = [expected_end(each, now) + _lead(policy) for each in ahead]
-    return whole_second(max([notice, *ends]))
-
-
-def expected_end(rollout: Rollout, now: datetime) -> datetime:
-    """When the rollout is expected to end, by the estimate of its plan. One that is halted is expected to be resumed now."""
-    wave = rollout.current
-    if wave is None:
-        return now
-    policy = rollout.policy
-    each_s = rollout.estimate_s / max(1, len(rollout.waves))
-    after_notice_s = max(0.0, each_s - policy.notice_s)
-    match wave.status:
-        case "scheduled" if wave.not_before is not None:
-            left = max(wave.not_before - now, timedelta()) + timedelta(seconds=after_notice_s)
-        case "soaking" if wave.soak_until is not None:
-            left = max(wave.soak_until - now, timedelta())
-        case "started" | "verifying":
-            left = timedelta(seconds=after_notice_s)
-        case _:
-            left = timedelta(seconds=each_s)
-    return now + left + (len(rollout.waves) - wave.index - 1) * timedelta(seconds=each_s)
-
-
-def whole_second(at: datetime) -> datetime:
-    """Rounded up: NotBefore is published in RFC 1123, and a wave must not start before it."""
-    return at.replace(microsecond=0) + timedelta(seconds=1) if at.microsecond else at
 
 
 def waits_behind(rollout: str) -> str:
@@ -80,10 +46,10 @@ def keep_waiting(decision: Decision, wave: Wave) -> None:
         still = {vm: answer for vm, answer in wave.readiness.items() if vm not in elsewhere}
         wave = decision.put(msgspec.structs.replace(wave, readiness=still))
     policy = decision.rollout.policy
-    if wave.not_before is not None and decision.now + _lead(policy) > wave.not_before:
+    if wave.not_before is not None and decision.now + lead(policy) > wave.not_before:
         # At least one lead before it comes near again: workloads see few changes.
         ends = [expected_end(each, decision.now) for each in decision.ahead]
-        later = max(decision.after(policy.notice_s), *ends) + _lead(policy)
+        later = max(decision.after(policy.notice_s), *ends) + lead(policy)
         postpone(decision, wave, later)
 
 
@@ -93,8 +59,8 @@ def leave_queue(decision: Decision, wave: Wave) -> Wave:
     wave = decision.put(
         msgspec.structs.replace(wave, queued=False, waiting_since=None, waiting_for="", waiting_codes=())
     )
-    lead = decision.now + _lead(decision.rollout.policy)
-    return postpone(decision, wave, lead) if wave.not_before is None or wave.not_before < lead else wave
+    soonest = decision.now + lead(decision.rollout.policy)
+    return postpone(decision, wave, soonest) if wave.not_before is None or wave.not_before < soonest else wave
 
 
 def postpone(decision: Decision, wave: Wave, not_before: datetime) -> Wave:
@@ -119,7 +85,3 @@ def _in_other_events(ahead: Sequence[Rollout]) -> set[str]:
         if event.status in {"scheduled", "started"}
         for vm in event.resources
     }
-
-
-def _lead(policy: Policy) -> timedelta:
-    return timedelta(seconds=min(policy.notice_s, _LEAD_MOST_S))

@@ -21,7 +21,7 @@ from caesura.contract.messages import Epoch, PlannedVm, RequestAnswered, SetDocu
 from caesura.contract.names import Name
 from caesura.contract.topics import TopicError
 from caesura.delivery.message import OutboxMessage, clearing, from_body, is_state, prepare
-from caesura.delivery.sqlite import SCHEMA, OffLoop, OutboxTable, SqliteOutbox
+from caesura.delivery.sqlite_outbox import SCHEMA, OffLoop, OutboxTable, SqliteOutbox
 from caesura.runtime.commits import DurableCommits
 from caesura.runtime.database import Database
 from caesura.runtime.errors import CaesuraError

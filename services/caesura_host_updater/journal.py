@@ -15,7 +15,7 @@ import msgspec
 from caesura.contract.envelope import source_of
 from caesura.contract.messages import Epoch, OperationReported, StartOperation
 from caesura.delivery.message import OutboxMessage, from_body
-from caesura.delivery.sqlite import SCHEMA, OutboxTable
+from caesura.delivery.sqlite_outbox import SCHEMA, OutboxTable
 from caesura.runtime.database import Database
 from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.logs import get_logger

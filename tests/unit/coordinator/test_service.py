@@ -25,7 +25,7 @@ from caesura.contract.envelope import Message
 from caesura.contract.parts import inventory_in_parts
 from caesura.contract.reasons import Reason
 from caesura.contract.topics import channel_of
-from caesura.delivery.sqlite import OutboxTable
+from caesura.delivery.sqlite_outbox import OutboxTable
 from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.lock import InUse, StateFolderUnusable, exclusive_lock
 from caesura_coordinator import requests

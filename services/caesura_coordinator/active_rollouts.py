@@ -1,4 +1,4 @@
-"""Which rollout a set, an event or an operation belongs to, so that a message only reaches its own rollout. Pure."""
+"""The rollouts that have not ended: which one holds a set, which ones wait for it, and which one a message belongs to. Pure."""
 
 from __future__ import annotations
 

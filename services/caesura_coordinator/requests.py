@@ -29,11 +29,11 @@ from caesura_coordinator.outbox_relay import OutboxRelay
 from caesura_coordinator.owners import Owners
 from caesura_coordinator.plan import make_plan, most_targets, nothing_to_do, sets_of
 from caesura_coordinator.published_state import largest_events, largest_states
+from caesura_coordinator.queued_waves import MOST_QUEUED, waits_behind
 from caesura_coordinator.records import Rollout, new_rollout
 from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.request_refusals import RequestRefused, request_expired
 from caesura_coordinator.responses import REASON_CHARACTERS, with_plan
-from caesura_coordinator.rollout_queue import MOST_QUEUED, waits_behind
 
 _REPEAT_PARTS_S = 5.0
 """s: between two sendings of a stored answer with a large plan."""

@@ -86,7 +86,7 @@ class Journal:
         self._fleet = "default"
         self.outbox = OutboxTable(self._db)
 
-    def take_over(self, fleet: str) -> None:
+    def upgrade_outbox(self, fleet: str) -> None:
         """Encode the facts that an earlier version kept unencoded."""
         self._fleet = fleet
         rows = self._db.run("SELECT number, letter FROM outbox_1 ORDER BY number")
@@ -300,7 +300,7 @@ class JournalThread:
 
         def opened() -> Journal:
             journal = Journal(path)
-            journal.take_over(fleet)
+            journal.upgrade_outbox(fleet)
             return journal
 
         self._journal = await self._worker.do(opened)

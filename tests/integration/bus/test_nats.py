@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -23,13 +22,7 @@ from caesura_testing.collector import PATIENCE_S, Collector, eventually, running
 from caesura_testing.nats_cluster import NatsCluster, nats_server
 from caesura_testing.proxy import TcpProxy
 
-pytestmark = [
-    pytest.mark.skipif(not nats_server(), reason="nats-server is not installed"),
-    pytest.mark.skipif(
-        not os.environ.get("CAESURA_TEST_NATS"),
-        reason="NATS 2.9 is experimental: its consumers are late on a busy machine. ./check nats",
-    ),
-]
+pytestmark = [pytest.mark.nats, pytest.mark.skipif(not nats_server(), reason="nats-server is not installed")]
 
 _MISSING = {BrokerCapabilities.SAY_REFUSED: "MQTT 3.1.1 has no answer for a refused publish"}
 _SUITE = (

@@ -86,11 +86,11 @@ LANES = {
     ),
     "clusters": Lane(
         f"tests/e2e/{{{','.join(_CLUSTERS)}}}: coordinators that share PostgreSQL, brokers of three nodes",
-        "pytest -q " + " ".join(f"tests/e2e/{name}" for name in _CLUSTERS),
+        "pytest -q -m 'not nats' " + " ".join(f"tests/e2e/{name}" for name in _CLUSTERS),
     ),
     "integration": Lane(
         "tests/integration: real Mosquitto, embedded broker, frozen processes, HTTP, promtool",
-        "pytest -q tests/integration",
+        "pytest -q -m 'not nats' tests/integration",
     ),
     "compose": Lane(
         "tests/e2e/{containers,compose}: containers as VMs; docker compose up; engines of their own, stand-in images (root; minutes)",
@@ -162,7 +162,7 @@ LANES = {
     "nats": Lane(
         "NATS JetStream as the broker, experimental: the bus conformance suite, access rules, rollouts with nodes killed; on an idle "
         "machine (minutes)",
-        "CAESURA_TEST_NATS=1 pytest -q tests/integration/bus/test_nats.py tests/e2e/broker_clusters -k nats",
+        "pytest -q -m nats tests/integration/bus/test_nats.py tests/e2e/broker_clusters",
         named=True,
     ),
     "soak": Lane(

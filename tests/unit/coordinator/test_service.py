@@ -31,10 +31,10 @@ from caesura.runtime.lock import InUse, StateFolderUnusable, exclusive_lock
 from caesura_coordinator import requests
 from caesura_coordinator.forget_epoch import forget_epoch
 from caesura_coordinator.leadership import LeadershipLost, NoEpochLeft, presence
+from caesura_coordinator.queued_waves import MOST_QUEUED
 from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.responses import with_plan
 from caesura_coordinator.retention import Removal
-from caesura_coordinator.rollout_queue import MOST_QUEUED
 from caesura_coordinator.service import Coordinator, subscriptions
 from caesura_coordinator.store import CoordinatorStore
 from caesura_coordinator.wave_gates import fence_blockers, health_blockers

@@ -160,6 +160,10 @@ class GuardClient:
         patience_s = max(_ANSWER_S, by - time.monotonic() + _ANSWER_S)
         await self._ask({"do": "leave", "operation": operation, "by": by}, patience_s)
 
+    async def drop(self, operation: str, vms: Sequence[str]) -> None:
+        """These VMs were not paused by it: if they are paused, the guard is not to resume them. Raises GuardUnavailable."""
+        await self._ask({"do": "drop", "operation": operation, "vms": list(vms)})
+
     async def disarm(self, operation: str, timeout_s: float = 3.0) -> Intent | None:
         """The operation is over; returns what the guard did if it had fired. It is disarmed later if it is away.
 

@@ -244,6 +244,9 @@ class GuardServer:
                 case "leave":
                     self._leave(client, request)
                     return {"ok": False, "error": "the loaded kernel was not started"}
+                case "drop":
+                    self._drop_vms(client, request)
+                    return {"ok": True, **self._status()}
                 case "disarm":
                     record = self._watch.disarm(str(request["operation"]))
                     if self._watch.intent is None:
@@ -264,6 +267,11 @@ class GuardServer:
         if client is not self._owner:
             raise GuardRefusal("only who armed the operation may have it leave the kernel")
         self._departure.leave(str(request["operation"]), float(request["by"]))
+
+    def _drop_vms(self, client: _Client, request: dict[str, Any]) -> None:
+        if client is not self._owner:
+            raise GuardRefusal("only who armed the operation may say which VMs are not of it")
+        self._watch.drop(str(request["operation"]), [str(vm) for vm in request["vms"]])
 
     def _status(self) -> dict[str, Any]:
         intent = self._watch.intent

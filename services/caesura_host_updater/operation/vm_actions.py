@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from caesura.lifecycle.budget import START_S
 from caesura.lifecycle.proof import SAVING
@@ -60,6 +60,7 @@ class VmActions:
         state: the operation as it is now.
         emit: accepts each result; must not wait.
         on_change: called when a VM was seen to end.
+        drop: has the guard forget a VM that the operation did not pause, or that was left.
     """
 
     def __init__(
@@ -68,7 +69,10 @@ class VmActions:
         state: Callable[[], Operation],
         emit: Callable[[Event], None],
         on_change: Callable[[], None],
+        drop: Callable[[str], Awaitable[None]],
     ) -> None:
+        self._drop_from_guard = drop
+        self._dropped: dict[str, asyncio.Future[None]] = {}
         self._driver = driver
         self._state = state
         self._emit = emit
@@ -145,12 +149,20 @@ class VmActions:
             self._emit(VmNotFrozen(vm, called_at, "its freeze was called off"))
             raise
         except (FreezeFailed, NotPossible) as error:
+            if isinstance(error, FreezeFailed) and error.untouched:
+                await self._drop(vm)
             self._emit(VmNotFrozen(vm, called_at, error.why))
         except Exception as error:
             self._emit(VmNotFrozen(vm, called_at, repr(error)))
             raise
         else:
             self._emit(VmFroze(vm, called_at, time.monotonic()))
+
+    async def _drop(self, vm: str) -> None:
+        """Once. It is done to its end: a request to the guard that is called off costs the connection."""
+        if vm not in self._dropped:
+            self._dropped[vm] = asyncio.ensure_future(self._drop_from_guard(vm))
+        await asyncio.shield(self._dropped[vm])
 
     async def _checkpoint(self, vm: str, by: float) -> None:
         if not isinstance(self._driver, ReplaceCapable):
@@ -228,6 +240,7 @@ class VmActions:
                 match end:
                     case "left":
                         detail = self._driver.why_left(vm)
+                        await self._drop(vm)
                     case "gone":
                         detail = self._driver.health_error(vm)
                     case _:

@@ -360,7 +360,7 @@ class ContainerDriver:
             pause_container(plan, by, stop, self._call)
         except PausedBefore as error:
             self._left[vm] = PAUSED_BEFORE
-            raise FreezeFailed(vm, PAUSED_BEFORE) from error
+            raise FreezeFailed(vm, PAUSED_BEFORE, untouched=True) from error
         except PauseUnanswered as error:
             self._late.expect(plan.vm)
             raise FreezeFailed(vm, str(error)) from error

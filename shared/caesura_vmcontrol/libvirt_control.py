@@ -81,7 +81,21 @@ def libvirt_condition(plan: LibvirtPlan) -> Condition:
     Raises:
         OSError: neither answers (not: the domain is gone, which is an answer).
     """
-    return _found(plan).condition
+    return domain_look(plan).condition
+
+
+def domain_look(plan: LibvirtPlan) -> DomainLook:
+    """As the daemon says, else as QEMU does. Raises OSError: neither answers."""
+    try:
+        with _daemon_of(plan) as daemon:
+            return _look(daemon, plan)
+    except OSError as error:
+        if isinstance(error, LibvirtRefused) and error.code == libvirt_rpc.NO_DOMAIN:
+            return DomainLook("gone")
+        found = _look_by_qmp(plan)
+        if found is None:
+            raise
+        return found
 
 
 def look_at(plans: Sequence[LibvirtPlan]) -> dict[str, DomainLook | None]:
@@ -116,27 +130,26 @@ def _said_by_daemon(
     return found
 
 
-def why_not_ours(plan: LibvirtPlan) -> str:
-    """Why a domain that is paused is not to be resumed by us; empty: it is not paused, or is over. Raises OSError."""
-    return _found(plan).not_ours
+def is_settled(plan: LibvirtPlan) -> bool:
+    """Whether nothing that was asked of a domain that runs is still to come. Raises OSError.
+
+    The daemon carries out one such request for a domain after the other, and a resume of one that runs changes nothing.
+    """
+    with _daemon_of(plan) as daemon:
+        domain = find(daemon, plan)
+        if domain is None:
+            return True
+        if daemon.state(domain)[0] not in _RUNS:
+            return False
+        try:
+            daemon.resume(domain)
+        except LibvirtRefused as refused:
+            return refused.code == libvirt_rpc.OPERATION_INVALID
+        return True
 
 
 def _daemon_of(plan: LibvirtPlan) -> Libvirt:
     return Libvirt(plan.socket, plan.uri, time.monotonic() + _DAEMON_S, RPC_S)
-
-
-def _found(plan: LibvirtPlan) -> DomainLook:
-    """By the daemon, else by QMP. Raises OSError: neither answers."""
-    try:
-        with _daemon_of(plan) as daemon:
-            return _look(daemon, plan)
-    except OSError as error:
-        if isinstance(error, LibvirtRefused) and error.code == libvirt_rpc.NO_DOMAIN:
-            return DomainLook("gone")
-        found = _look_by_qmp(plan)
-        if found is None:
-            raise
-        return found
 
 
 def resume_domain(plan: LibvirtPlan) -> None:

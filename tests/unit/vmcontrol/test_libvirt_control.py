@@ -17,11 +17,12 @@ from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.libvirt_control import (
     DomainNotPaused,
     DomainTaken,
+    domain_look,
+    is_settled,
     libvirt_condition,
     look_at,
     resume_domain,
     suspend_domain,
-    why_not_ours,
 )
 from caesura_vmcontrol.libvirt_rpc import LibvirtPlan, LibvirtRefused, LibvirtSilent
 from caesura_vmcontrol.procfs import read_process
@@ -180,7 +181,7 @@ def test_what_qemu_says_is_read_as_what_the_daemon_would_say(
     qmp.status = status
     assert libvirt_condition(plan(daemon, qmp)) == condition
     ours = status in ("running", "paused", "shutdown", "save-vm", "finish-migrate")
-    assert (why_not_ours(plan(daemon, qmp)) == "") is ours
+    assert (domain_look(plan(daemon, qmp)).not_ours == "") is ours
     look = look_at([plan(daemon, qmp)])["web-1"]
     assert look is not None
     assert (look.condition, look.not_ours == "") == (condition, ours)
@@ -244,3 +245,25 @@ def test_a_suspend_that_is_not_answered_may_come_late(daemon: Daemon) -> None:
     )
     with pytest.raises(LibvirtSilent):
         suspend_domain(plan(daemon), time.monotonic() + patient(0.2))
+
+
+@pytest.mark.parametrize(
+    ("code", "settled"),
+    [(None, True), (55, True), (68, False)],
+    ids=["carried out", "runs already", "another request of it is under way"],
+)
+def test_a_request_that_waits_is_behind_none_when_a_later_one_is_answered(
+    daemon: Daemon, code: int | None, settled: bool
+) -> None:
+    def answer(procedure: int, serial: int, arguments: bytes) -> bytes | None:
+        if procedure == _RESUME and code is not None:
+            return reply(procedure, serial, refusal(code, "no"), status=1)
+        return running(procedure, serial, arguments)
+
+    daemon.answer = answer
+    assert is_settled(plan(daemon)) is settled
+
+
+def test_a_domain_that_is_paused_is_not_asked_to_run_by_that(daemon: Daemon) -> None:
+    assert not is_settled(plan(daemon))
+    assert _RESUME not in daemon.called

@@ -13,9 +13,9 @@ import pytest
 from caesura_testing.libvirt_answers import PROGRAM, UUID, Daemon, good, refusal, reply, with_job
 from caesura_vmcontrol.libvirt_control import (
     DomainBusy,
+    domain_look,
     libvirt_condition,
     resume_domain,
-    why_not_ours,
 )
 from caesura_vmcontrol.libvirt_rpc import (
     Libvirt,
@@ -72,7 +72,7 @@ def test_a_domain_that_is_being_migrated_is_left_to_the_migration(daemon: Daemon
     """A resume would wait behind it and keep a worker of the daemon from others; where it arrives it is paused as it was here."""
     daemon.answer = with_job(5)
     assert libvirt_condition(plan(daemon)) == "gone"
-    assert "migrating" in why_not_ours(plan(daemon))
+    assert "migrating" in domain_look(plan(daemon)).not_ours
     resume_domain(plan(daemon))
     assert 28 not in daemon.called
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +24,8 @@ from caesura_host_updater.drivers.libvirt.definition import (
 from caesura_host_updater.drivers.libvirt.domain_view import DomainView
 from caesura_host_updater.drivers.libvirt.driver import LibvirtDriver
 from caesura_host_updater.drivers.libvirt.guest_memory import GuestMemory
-from caesura_host_updater.drivers.port import FreezeFailed
+from caesura_host_updater.drivers.libvirt.restarting import DomainRestarter
+from caesura_host_updater.drivers.port import FreezeFailed, ShutdownFailed
 from caesura_testing.libvirt_answers import UUID as _UUID
 from caesura_testing.libvirt_answers import Daemon, QmpSocket, good, refusal, reply, with_job
 from caesura_testing.patience import patient
@@ -241,3 +243,67 @@ async def test_a_look_that_breaks_is_told_and_followed_by_the_next(
     assert looks == 2
     assert "a bug" in driver.ping()
     await driver.close(stop_vms=False)
+
+
+class _Starting:
+    """The view and the connection of a restarter: one domain, which runs as long as its process."""
+
+    def __init__(self, process: subprocess.Popen[bytes] | None) -> None:
+        self.vms = {"a": LibvirtVm(name="a", uuid=_UUID, domain_name="a")}
+        self.plans: dict[str, LibvirtPlan] = {}
+        self.said: list[str] = []
+        if process is not None:
+            found = read_process(process.pid)
+            assert found is not None
+            plan = LibvirtPlan("a", "/s", "qemu:///system", _UUID, 1, found.pid, found.start_ticks)
+            self.plans = {"a": plan}
+
+    def shut_down(self, _: str) -> None:
+        self.said.append("shutdown")
+
+    def start(self, _: str) -> None:
+        self.said.append("start")
+
+    async def look(self) -> None:
+        if "start" in self.said:
+            self.plans = {"a": LibvirtPlan("a", "/s", "qemu:///system", _UUID, 2, 0, 0)}
+
+    def restarter(self, folder: Path) -> DomainRestarter:
+        return DomainRestarter(self, lambda: self, self.look, folder)  # type: ignore[arg-type, return-value]
+
+
+@pytest.fixture
+def process() -> Iterator[subprocess.Popen[bytes]]:
+    """A domain's."""
+    made = subprocess.Popen(["sleep", "600"])
+    yield made
+    made.kill()
+    made.wait()
+
+
+@pytest.mark.parametrize("age_s", [60, 7 * 86400])
+async def test_a_domain_that_ends_long_after_it_was_asked_is_not_started_for_that(
+    tmp_path: Path, process: subprocess.Popen[bytes], age_s: int
+) -> None:
+    """Its operator shut it down, a week later."""
+    world = _Starting(process)
+    restarter = world.restarter(tmp_path)
+    with pytest.raises(ShutdownFailed):
+        await restarter.shut_down("a", time.monotonic() + 0.1)
+    assert not await restarter.start("a", time.monotonic())
+    asked_at = time.time() - age_s
+    os.utime(tmp_path / "a.shutdown", (asked_at, asked_at))
+    world.plans.clear()
+    soon = age_s < 3600
+    assert await restarter.start_ended(()) is soon
+    assert world.said == (["shutdown", "start"] if soon else ["shutdown"])
+    assert "a" not in restarter.down
+    assert not (tmp_path / "a.shutdown").exists()
+
+
+async def test_a_domain_that_was_down_already_is_started_again_after_the_update(tmp_path: Path) -> None:
+    world = _Starting(None)
+    restarter = world.restarter(tmp_path)
+    assert await restarter.shut_down("a", time.monotonic() + 5) == "itself"
+    assert await restarter.start_ended(())
+    assert world.said == ["start"]

@@ -137,7 +137,7 @@ class GuardClient:
             raise GuardUnavailable("there is no pause guard")
         self._armed = operation
         try:
-            await self._ask(
+            answer = await self._ask(
                 {
                     "do": "arm",
                     "operation": operation,
@@ -150,6 +150,9 @@ class GuardClient:
         except GuardUnavailable:
             self._armed = ""
             raise
+        for vm, sockets in answer.get("unusable", {}).items():
+            hint = "give host updater and guard the same rights: where the daemon is away, the guard cannot resume this VM"
+            _log.error("guard.socket_unusable", vm=vm, sockets=sockets, hint=hint)
 
     async def leave(self, operation: str, by: float) -> None:
         """Have the guard start the loaded kernel, not after ``by`` (CLOCK_MONOTONIC). Returns, if at all, as an error.

@@ -6,6 +6,7 @@ monitor socket free, for QEMU serves one client at a time; one that hangs keeps 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -167,6 +168,11 @@ def resume_domain(plan: LibvirtPlan) -> None:
     else:
         if look.busy:
             raise DomainBusy(look.busy)
+
+
+def unusable_sockets(plan: LibvirtPlan) -> list[str]:
+    """The QMP sockets of a plan that this process may not use: the updater, which made it, may have more rights, or see other files."""
+    return [path for path in plan.qmp if not os.access(path, os.W_OK)]
 
 
 def suspend_domain(plan: LibvirtPlan, until: float) -> None:

@@ -125,7 +125,7 @@ class LatePauses(Generic[P]):
             if plan.vm not in self._expected or condition(plan) in ("running", "gone"):
                 return False
             resume_vm(plan)
-            # It came; whoever pauses it from now on is somebody else.
+            # It came: the next pause is somebody else's.
             if condition(plan) in ("running", "gone"):
                 self._pop(plan.vm)
             return True

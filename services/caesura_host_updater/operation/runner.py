@@ -372,7 +372,7 @@ class OperationRunner:
             self._events.put_nowait(NotLeft("the pause guard says that it did, and this kernel still runs"))
 
     async def _drop(self, vm: str) -> None:
-        """Whoever paused it resumes it: not the guard, and not a later life of ours."""
+        """Somebody else paused it, or has it: neither the guard nor our next life is to resume it."""
         try:
             await self._guard.drop(self.state.operation, [vm])
         except GuardUnavailable as error:

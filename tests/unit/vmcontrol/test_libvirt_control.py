@@ -23,6 +23,7 @@ from caesura_vmcontrol.libvirt_control import (
     look_at,
     resume_domain,
     suspend_domain,
+    unusable_sockets,
 )
 from caesura_vmcontrol.libvirt_rpc import LibvirtPlan, LibvirtRefused, LibvirtSilent
 from caesura_vmcontrol.procfs import read_process
@@ -267,3 +268,12 @@ def test_a_request_that_waits_is_behind_none_when_a_later_one_is_answered(
 def test_a_domain_that_is_paused_is_not_asked_to_run_by_that(daemon: Daemon) -> None:
     assert not is_settled(plan(daemon))
     assert _RESUME not in daemon.called
+
+
+def test_a_guard_with_less_rights_than_the_updater_knows_which_ways_are_none(
+    daemon: Daemon, qmp: QmpSocket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    which = plan(daemon, qmp)
+    assert unusable_sockets(which) == []
+    monkeypatch.setattr(os, "access", lambda path, _: path != qmp.path)
+    assert unusable_sockets(which) == [qmp.path]

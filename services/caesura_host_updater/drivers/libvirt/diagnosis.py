@@ -112,7 +112,8 @@ def _of_domain(
         yield warning(
             "libvirt.ways",
             f"{called} is resumed by libvirt alone: a daemon that dies or hangs in a pause keeps it paused",
-            "run host updater and guard as root, or give it a QMP socket of its own: docs/drivers/libvirt.md",
+            "install the drop-ins *-root.conf of deploy/systemd/libvirt, or give it a QMP socket of its own that host updater and guard may"
+            " use: docs/drivers/libvirt.md",
         )
     if domain.agent_connected:
         yield ok("libvirt.agent", f"{called} has a guest agent")

@@ -63,7 +63,7 @@ def look_at_domains(
 def keep_held(view: DomainView, before: DomainView, held: Iterable[str]) -> DomainView:
     """VMs of an operation keep their names and plans until it is over, whatever their domains are called or labelled since.
 
-    They are found by their UUIDs. What has the name of one meanwhile waits.
+    They are found by their UUIDs. Another domain that takes the name of one waits.
     """
     kept = {name: before.vms[name] for name in held if name in before.vms}
     uuids = {vm.uuid for vm in kept.values()}
@@ -88,7 +88,7 @@ def keep_held(view: DomainView, before: DomainView, held: Iterable[str]) -> Doma
 
 
 def _living(plan: LibvirtPlan | None, view: DomainView) -> LibvirtPlan | None:
-    """The plan of a domain that is no VM any more, if it runs; its next life is another one."""
+    """The plan of a domain that is not found as a VM, if it runs; its next life is another one."""
     found = view.found.get(plan.uuid) if plan is not None else None
     if plan is None or found is None or found.number <= 0:
         return None

@@ -33,8 +33,8 @@ from caesura_host_updater.drivers.libvirt.guest_memory import (
 )
 from caesura_host_updater.drivers.libvirt.pausing import (
     End,
-    PausedBefore,
-    PauseUnanswered,
+    SuspendedBefore,
+    SuspendUnanswered,
     pause_domain,
     resume_until,
 )
@@ -74,12 +74,13 @@ _MISSING: Mapping[str, str] = {
     "kexec": "its QEMU process belongs to libvirt: it cannot be started again by the next kernel",
 }
 _NOTHING_BUT_THE_DAEMON = (
-    "only libvirt's daemon can resume it: while that hangs or is away the VM stays paused, beyond its budget if need be. Run host"
-    " updater and pause guard as root, or give the domain a QMP socket of its own"
+    "only libvirt's daemon can resume it: while that hangs or is away the VM stays paused, beyond its budget if need be. Give"
+    " host updater and pause guard the drop-ins `*-root.conf` of deploy/systemd/libvirt, or the domain a QMP socket of its own that"
+    " both may use: docs/drivers/libvirt.md"
 )
 _NOT_PAST_A_HANG = (
     "a daemon of libvirt's that hangs (not: one that is dead) keeps it paused, beyond its budget if need be: a QMP socket of the"
-    " domain's own helps"
+    " domain's own helps (docs/drivers/libvirt.md)"
 )
 _STARTED_AGAIN = "it was started again in its pause: what its memory held is lost"
 _MIGRATED = "it was migrated to another host in its pause, and is paused there as it was here: there, `virsh resume {}`"
@@ -366,7 +367,7 @@ class LibvirtDriver:
         except FreezeFailed as error:
             if not was_expected or not error.untouched:
                 raise
-            # A pause of ours that was not answered may be what was found, or may come yet.
+            # Our earlier pause, which was not answered, may be what was found, or may come yet.
             self._untouched.discard(vm)
             self._left.pop(vm, None)
             self._late.expect(plan)
@@ -375,13 +376,13 @@ class LibvirtDriver:
     def _pause(self, plan: LibvirtPlan, by: float, stop: threading.Event) -> None:
         try:
             pause_domain(plan, by, stop)
-        except PausedBefore as error:
+        except SuspendedBefore as error:
             self._left[plan.vm] = error.why
             raise
         except FreezeFailed as error:
             if not error.untouched:
                 self._untouched.discard(plan.vm)
-            if isinstance(error, PauseUnanswered):
+            if isinstance(error, SuspendUnanswered):
                 self._late.expect(plan)
             raise
         self._untouched.discard(plan.vm)

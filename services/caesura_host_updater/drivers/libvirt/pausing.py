@@ -24,11 +24,11 @@ _NOT_BY_US = "it is paused, and not by Caesura: resume it with `virsh resume`"
 End = Literal["running", "gone", "left"]
 
 
-class PausedBefore(FreezeFailed):
+class SuspendedBefore(FreezeFailed):
     """Somebody else had paused it."""
 
 
-class PauseUnanswered(FreezeFailed):
+class SuspendUnanswered(FreezeFailed):
     """The daemon did not answer; it may carry the pause out later."""
 
 
@@ -36,7 +36,7 @@ def pause_domain(plan: LibvirtPlan, by: float, stop: threading.Event) -> None:
     """Have the daemon suspend it, then look until it is seen to be paused; not begun after ``by`` (CLOCK_MONOTONIC).
 
     Raises:
-        PausedBefore, PauseUnanswered: as they say.
+        SuspendedBefore, SuspendUnanswered: as they say.
         FreezeFailed: it is not paused, or that could not be shown.
     """
     vm = plan.vm
@@ -45,11 +45,11 @@ def pause_domain(plan: LibvirtPlan, by: float, stop: threading.Event) -> None:
     try:
         suspend_domain(plan, by)
     except DomainPausedBefore as error:
-        raise PausedBefore(vm, f"{PAUSED_BEFORE}; {error}", untouched=True) from error
+        raise SuspendedBefore(vm, f"{PAUSED_BEFORE}; {error}", untouched=True) from error
     except DomainNotPaused as error:
         raise FreezeFailed(vm, str(error), untouched=True) from error
     except LibvirtSilent as error:
-        raise PauseUnanswered(vm, f"{error}; if it is paused later it is resumed at once") from error
+        raise SuspendUnanswered(vm, f"{error}; if it is paused later it is resumed at once") from error
     except OSError as error:
         raise FreezeFailed(vm, str(error)) from error
     while (state := _look(plan).condition) != "frozen":

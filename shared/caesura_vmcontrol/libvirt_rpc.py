@@ -155,16 +155,16 @@ class Libvirt:
     def domain(self, domain_uuid: str) -> Domain:
         """Raises LibvirtRefused with NO_DOMAIN: there is none."""
         body = self._call(_LOOKUP_BY_UUID, uuid.UUID(domain_uuid).bytes)
-        (length,) = struct.unpack_from(">I", body)
+        (length,) = self._unpack(">I", body)
         padded = length + -length % 4
-        (number,) = struct.unpack_from(">i", body, 4 + padded + 16)
-        return Domain(body[4 : 4 + length].decode(), body[4 + padded : 4 + padded + 16], number)
+        (number,) = self._unpack(">i", body, 4 + padded + 16)
+        return Domain(
+            body[4 : 4 + length].decode(errors="replace"), body[4 + padded : 4 + padded + 16], number
+        )
 
     def state(self, domain: Domain) -> tuple[int, int]:
         """virDomainState and its reason."""
-        state, reason = struct.unpack_from(
-            ">ii", self._call(_GET_STATE, _wire(domain) + struct.pack(">I", 0))
-        )
+        state, reason = self._unpack(">ii", self._call(_GET_STATE, _wire(domain) + struct.pack(">I", 0)))
         return state, reason
 
     def job(self, domain: Domain) -> int:
@@ -200,13 +200,19 @@ class Libvirt:
 
     def _authenticate(self) -> None:
         body = self._call(_AUTH_LIST, b"")
-        (count,) = struct.unpack_from(">I", body)
-        offered = struct.unpack_from(f">{min(count, 16)}i", body, 4)
+        (count,) = self._unpack(">I", body)
+        offered = self._unpack(f">{min(count, 16)}i", body, 4)
         if not offered or _AUTH_IS_NONE in offered:
             return
         if _AUTH_IS_POLKIT not in offered:
             raise LibvirtRefused(0, f"{self._path} wants authentication by SASL, which is not supported here")
         self._call(_AUTH_POLKIT, b"")
+
+    def _unpack(self, what: str, body: bytes, offset: int = 0) -> tuple[int, ...]:
+        try:
+            return struct.unpack_from(what, body, offset)
+        except struct.error as error:
+            raise LibvirtGone(f"what listens at {self._path} does not speak libvirt's protocol") from error
 
     def _left(self) -> float:
         left = self._answer_by - time.monotonic()

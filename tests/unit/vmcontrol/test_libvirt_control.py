@@ -111,6 +111,18 @@ def test_where_the_daemon_refuses_qemu_is_asked(daemon: Daemon, qmp: QmpSocket, 
     assert libvirt_condition(which) == "running"
 
 
+@pytest.mark.parametrize("garbled", [_AUTH_LIST, _LOOKUP, _STATE])
+def test_where_the_daemons_words_cannot_be_read_qemu_is_asked(
+    daemon: Daemon, qmp: QmpSocket, garbled: int
+) -> None:
+    daemon.answer = lambda procedure, serial, arguments: (
+        reply(procedure, serial, b"\0\0") if procedure == garbled else good(procedure, serial, arguments)
+    )
+    assert libvirt_condition(plan(daemon, qmp)) == "frozen"
+    resume_domain(plan(daemon, qmp))
+    assert qmp.status == "running"
+
+
 def test_a_refusal_with_no_other_way_is_told(daemon: Daemon) -> None:
     daemon.answer = refusing
     with pytest.raises(LibvirtRefused, match="authentication unavailable"):

@@ -374,18 +374,19 @@ class LibvirtDriver:
             raise FreezeFailed(vm, f"{error.why}; an earlier pause of it was not answered") from error
 
     def _pause(self, plan: LibvirtPlan, by: float, stop: threading.Event) -> None:
+        untouched = False
         try:
             pause_domain(plan, by, stop)
-        except SuspendedBefore as error:
-            self._left[plan.vm] = error.why
-            raise
         except FreezeFailed as error:
-            if not error.untouched:
-                self._untouched.discard(plan.vm)
+            untouched = error.untouched
+            if isinstance(error, SuspendedBefore):
+                self._left[plan.vm] = error.why
             if isinstance(error, SuspendUnanswered):
                 self._late.expect(plan)
             raise
-        self._untouched.discard(plan.vm)
+        finally:
+            if not untouched:
+                self._untouched.discard(plan.vm)
 
     def why_left(self, vm: str) -> str:
         """Who has paused it."""

@@ -203,6 +203,23 @@ async def test_who_was_paused_by_somebody_else_after_a_refused_freeze_is_left(
     assert _RESUME not in daemon.called
 
 
+async def test_a_migration_that_began_before_a_refused_freeze_leaves_nothing_to_undo(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    """Its last moments are a pause of libvirt's."""
+    driver = _driver(daemon, tmp_path)
+    driver._take(_view(daemon))
+    driver._untouched.add("web-old")
+    daemon.answer = lambda procedure, serial, arguments: (
+        reply(procedure, serial, b"\0\0\0\3\0\0\0\2")
+        if procedure == _STATE
+        else good(procedure, serial, arguments)
+    )
+    assert await driver.resume("web-old", patient(1)) == "left"
+    assert driver.why_left("web-old") == "libvirt is migrating it to another host"
+    assert "web-old" not in driver._late
+
+
 async def test_a_pause_of_ours_that_came_late_is_nobody_elses(daemon: Daemon, tmp_path: Path) -> None:
     driver = _driver(daemon, tmp_path)
     driver._take(_view(daemon))

@@ -407,7 +407,7 @@ class LibvirtDriver:
             end, why = await self._tries.resume(vm, timeout_s, work, "libvirt has not resumed it")
         if end == "gone" and vm in self._held and await self._was_migrated(vm):
             end, why = "left", _MIGRATED.format(self.vms[vm].domain_name)
-        elif end == "left" and why == MIGRATES and plan is not None:
+        elif end == "left" and why == MIGRATES and plan is not None and vm not in self._untouched:
             why = _MIGRATING.format(self.vms[vm].domain_name)
             self._late.expect(plan)
         if end == "left":

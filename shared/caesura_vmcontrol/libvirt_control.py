@@ -196,7 +196,10 @@ def suspend_domain(plan: LibvirtPlan, until: float) -> None:
         except LibvirtSilent as error:
             raise DomainNotPaused(str(error)) from error
         daemon.suspend(domain)
-        job = _job(daemon, domain)
+        try:
+            job = _job(daemon, domain)
+        except OSError as error:
+            raise DomainTaken(f"{error}, after it was paused; that is undone") from error
         if not job:
             return
         if job != libvirt_rpc.MIGRATION_JOB and job not in _BUSY:

@@ -80,14 +80,24 @@ class LatePauses(Generic[P]):
     def _pop(self, vm: str) -> bool:
         if self._expected.pop(vm, None) is None:
             return False
-        self._disk.post(lambda: (self._folder / f"{vm}{_SUFFIX}").unlink(missing_ok=True))
+        self._disk.post(lambda: self._note(vm, None))
         return True
 
     def expect(self, plan: P) -> None:
         """A pause of it was not answered."""
         self._expected[plan.vm] = (plan, time.monotonic() + _LATE_S)
         note = json.dumps({"boot_id": boot_id(), "plan": plan_to_json(plan)}).encode()
-        self._disk.post(lambda: write_durably(str(self._folder), f"{plan.vm}{_SUFFIX}", note))
+        self._disk.post(lambda: self._note(plan.vm, note))
+
+    def _note(self, vm: str, note: bytes | None) -> None:
+        name = f"{vm}{_SUFFIX}"
+        try:
+            if note is None:
+                (self._folder / name).unlink(missing_ok=True)
+            else:
+                write_durably(str(self._folder), name, note)
+        except OSError as error:
+            _log.warning("vm.late_pause_not_noted", vm=vm, why=str(error))
 
     async def undo(self) -> None:
         """Resume what was paused late, and forget what cannot be paused late any more."""

@@ -207,6 +207,19 @@ async def test_a_pause_of_ours_that_came_late_is_nobody_elses(
     assert (driver.why_left("a"), await driver.resume("a", 5)) == ("", "running")
 
 
+async def test_a_late_pause_that_was_ended_by_the_operation_is_expected_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = ContainerDriver((ContainerVm(name="a"),), ContainerOptions(), tmp_path)
+    world = World(driver, monkeypatch)
+    driver._late.expect(driver._runs["a"])
+    assert await driver.resume("a", 5) == "running"
+    assert "a" in driver._late, "it may come yet"
+    world.state = "frozen"
+    assert await driver.resume("a", 5) == "running"
+    assert "a" not in driver._late
+
+
 def _found_paused(*_: object) -> None:
     raise pausing.PausedBefore("it is paused")
 

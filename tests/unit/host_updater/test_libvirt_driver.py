@@ -232,6 +232,28 @@ async def test_a_pause_of_ours_that_came_late_is_nobody_elses(daemon: Daemon, tm
     await driver._late.close()
 
 
+async def test_a_late_pause_that_was_ended_by_the_operation_is_expected_no_longer(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    """The next one is an operator's."""
+    driver = _driver(daemon, tmp_path)
+    driver._take(_view(daemon))
+    state = b"\0\0\0\1\0\0\0\1"
+    daemon.answer = lambda procedure, serial, arguments: (
+        reply(procedure, serial, state)
+        if procedure == _STATE and (_RESUME in daemon.called) is was_paused
+        else good(procedure, serial, arguments)
+    )
+    was_paused = False
+    driver._late.expect(driver.plans["web-old"])
+    assert await driver.resume("web-old", patient(2)) == "running"
+    assert "web-old" in driver._late, "it may come yet"
+    was_paused = True
+    assert await driver.resume("web-old", patient(2)) == "running"
+    assert "web-old" not in driver._late
+    await driver._late.close()
+
+
 async def test_a_binding_that_is_missing_is_told_at_the_start(tmp_path: Path) -> None:
     driver = LibvirtDriver(LibvirtOptions(binding=str(tmp_path)), (str(tmp_path / "none"),), tmp_path)
     with pytest.raises(NoBinding):

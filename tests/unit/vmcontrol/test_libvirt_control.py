@@ -237,6 +237,17 @@ def test_a_job_that_began_in_the_moment_of_the_suspend_undoes_it(
     assert (_RESUME in daemon.called) is undone
 
 
+def test_a_daemon_that_falls_silent_after_the_suspend_pauses_nothing_later(daemon: Daemon) -> None:
+    """It is paused now; whether a migration began cannot be asked, so it is not to stay so."""
+    daemon.answer = lambda procedure, serial, arguments: (
+        reply(procedure, serial)[:10]
+        if procedure == _JOB and _SUSPEND in daemon.called
+        else running(procedure, serial, arguments)
+    )
+    with pytest.raises(DomainTaken, match="does not answer"):
+        suspend_domain(plan(daemon), time.monotonic() + patient(0.3))
+
+
 def test_a_domain_without_a_job_is_suspended(daemon: Daemon) -> None:
     daemon.answer = running
     suspend_domain(plan(daemon), time.monotonic() + 5)

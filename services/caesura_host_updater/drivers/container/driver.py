@@ -392,8 +392,10 @@ class ContainerDriver:
         if plan is None:
             return "gone"
         until = time.monotonic() + timeout_s
+        was_paused = False
         try:
             while (state := condition(plan)) not in ("running", "gone"):
+                was_paused = True
                 if time.monotonic() >= until:
                     raise NotRunningYet(vm, f"the kernel says {state} after {timeout_s:.2f} s")
                 resume_vm(plan)
@@ -401,4 +403,6 @@ class ContainerDriver:
                     time.sleep(_STEP_S)
         except OSError as error:
             raise NotRunningYet(vm, str(error)) from error
+        if was_paused:
+            self._late.forget(vm)
         return "running" if state == "running" and vm in self._runs else "gone"

@@ -33,6 +33,7 @@ from caesura_host_updater.drivers.libvirt.guest_memory import (
 )
 from caesura_host_updater.drivers.libvirt.pausing import (
     End,
+    ResumeResult,
     SuspendedBefore,
     SuspendUnanswered,
     pause_domain,
@@ -119,7 +120,7 @@ class LibvirtDriver:
         self._untouched: set[str] = set()
         """VMs that were to be paused, and to which nothing was done: if one is paused now, somebody else paused it."""
         self._late = LatePauses(self._plan, "libvirt", self._folder, is_same_life, is_settled)
-        self._tries: ResumeTries[tuple[End, str]] = ResumeTries()
+        self._tries: ResumeTries[ResumeResult] = ResumeTries()
         self._error = "libvirt was not asked yet"
         self._domains = SingleLook(self._ask, _ASK_S, self._silent)
         self._restarter = DomainRestarter(self, self._connected, self._domains.take, self._folder)
@@ -404,7 +405,10 @@ class LibvirtDriver:
         if plan is not None:
             ours = vm not in self._untouched
             work = partial(resume_until, plan, timeout_s, ours=ours)
-            end, why = await self._tries.resume(vm, timeout_s, work, "libvirt has not resumed it")
+            result = await self._tries.resume(vm, timeout_s, work, "libvirt has not resumed it")
+            end, why = result.end, result.why_left
+            if result.was_paused and end == "running":
+                await in_thread(f"late pause of {vm}", partial(self._late.forget, vm))
         if end == "gone" and vm in self._held and await self._was_migrated(vm):
             end, why = "left", _MIGRATED.format(self.vms[vm].domain_name)
         elif end == "left" and why == MIGRATES and plan is not None and vm not in self._untouched:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import dataclass
 from typing import Literal
 
 from caesura_host_updater.drivers.port import FreezeFailed, NotRunningYet
@@ -22,6 +23,20 @@ PAUSED_BEFORE = "it was paused by somebody else before anything was done: resume
 _NOT_BY_US = "it is paused, and not by Caesura: resume it with `virsh resume`"
 
 End = Literal["running", "gone", "left"]
+
+
+@dataclass(frozen=True)
+class ResumeResult:
+    """How a resume ended.
+
+    Args:
+        why_left: where it was left.
+        was_paused: whether it was seen to be paused before.
+    """
+
+    end: End
+    why_left: str = ""
+    was_paused: bool = False
 
 
 class SuspendedBefore(FreezeFailed):
@@ -67,19 +82,17 @@ def _look(plan: LibvirtPlan) -> DomainLook:
         raise FreezeFailed(plan.vm, str(error)) from error
 
 
-def resume_until(plan: LibvirtPlan, timeout_s: float, *, ours: bool) -> tuple[End, str]:
+def resume_until(plan: LibvirtPlan, timeout_s: float, *, ours: bool) -> ResumeResult:
     """Resume it until it runs, also where nobody says whether it does: there may be a way for that where none is to look.
 
     Args:
         ours: whether our pause may have reached it; if not, one that is paused is left.
 
-    Returns:
-        How it ended, and why it was left.
-
     Raises:
         NotRunningYet: not within ``timeout_s`` seconds.
     """
     until = time.monotonic() + timeout_s
+    was_paused = False
     while True:
         look, why = None, ""
         try:
@@ -87,11 +100,13 @@ def resume_until(plan: LibvirtPlan, timeout_s: float, *, ours: bool) -> tuple[En
         except OSError as error:
             why = str(error)
         if look is not None and look.condition == "running":
-            return "running", ""
+            return ResumeResult("running", was_paused=was_paused)
         if look is not None and look.condition == "gone":
-            return ("left", look.not_ours) if look.not_ours else ("gone", "")
+            return ResumeResult("left", look.not_ours) if look.not_ours else ResumeResult("gone")
         if not ours:
-            return "left", f"{why}; nothing was done to it" if look is None else look.busy or _NOT_BY_US
+            why_left = f"{why}; nothing was done to it" if look is None else look.busy or _NOT_BY_US
+            return ResumeResult("left", why_left)
+        was_paused = was_paused or (look is not None and look.condition == "frozen")
         try:
             resume_vm(plan)
         except OSError as error:

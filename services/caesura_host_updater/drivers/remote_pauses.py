@@ -117,13 +117,16 @@ class LatePauses(Generic[P]):
                         "vm.paused_late", vm=vm, hint=f"{self._who} carried out a pause that had failed"
                     )
                 elif is_due:
-                    await self._exclude(plan)
+                    await self._in_thread(vm, self._exclude, plan)
 
-    async def _exclude(self, plan: P) -> None:
-        life, _ = self._expected.get(plan.vm, (plan, 0.0))
-        self._expected[plan.vm] = (life, time.monotonic() + _ASK_AGAIN_S)
-        if await self._in_thread(plan.vm, self._is_excluded, plan):
-            self._pop(plan.vm)
+    def _exclude(self, plan: P) -> None:
+        with self._lock:  # the question may be a resume, and our next pause may have begun since
+            if plan.vm not in self._expected:
+                return
+            life, _ = self._expected[plan.vm]
+            self._expected[plan.vm] = (life, time.monotonic() + _ASK_AGAIN_S)
+            if self._is_excluded(plan):
+                self._pop(plan.vm)
 
     @staticmethod
     async def _in_thread(vm: str, work: Callable[[P], T], plan: P) -> T:

@@ -220,6 +220,23 @@ async def test_a_late_pause_that_was_ended_by_the_operation_is_expected_no_longe
     assert "a" not in driver._late
 
 
+async def test_a_container_that_cannot_be_looked_at_is_resumed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = ContainerDriver((ContainerVm(name="a"),), ContainerOptions(), tmp_path)
+    world = World(driver, monkeypatch)
+    world.state = "frozen"
+
+    def look(_: object) -> str:
+        if world.state == "frozen":
+            raise PermissionError("nobody says")
+        return world.state
+
+    monkeypatch.setattr(module, "condition", look)
+    assert await driver.resume("a", 5) == "running"
+    assert world.resumed == 1
+
+
 def _found_paused(*_: object) -> None:
     raise pausing.PausedBefore("it is paused")
 

@@ -112,6 +112,25 @@ async def test_it_is_expected_as_long_as_it_may_come(world: World, monkeypatch: 
     await late.close()
 
 
+async def test_a_pause_of_ours_that_begins_in_the_meantime_is_not_asked_about(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The question whether a pause can still come is a resume."""
+    monkeypatch.setattr(remote_pauses, "_LATE_S", -1.0)
+    late = await world.begin()
+    late.expect(_PLAN)
+
+    def looked(_: LibvirtPlan) -> str:
+        late._pop("a")  # as `forget` does, in the thread of the freeze
+        return "running"
+
+    monkeypatch.setattr(remote_pauses, "condition", looked)
+    await late.undo()
+    assert world.asked == 0
+    assert "a" not in late
+    await late.close()
+
+
 async def test_a_new_pause_of_ours_is_told_of_an_earlier_one(world: World) -> None:
     late = await world.begin()
     assert not late.forget("a")

@@ -392,14 +392,18 @@ class ContainerDriver:
         if plan is None:
             return "gone"
         until = time.monotonic() + timeout_s
-        was_paused = False
         try:
-            while (state := condition(plan)) not in ("running", "gone"):
-                was_paused = True
+            state = condition(plan)
+        except OSError:
+            state = "held"  # nobody says: it is resumed, which is right in every state
+        was_paused = state == "frozen"
+        try:
+            while state not in ("running", "gone"):
                 if time.monotonic() >= until:
                     raise NotRunningYet(vm, f"the kernel says {state} after {timeout_s:.2f} s")
                 resume_vm(plan)
-                if condition(plan) != "running":
+                state = condition(plan)
+                if state != "running":
                     time.sleep(_STEP_S)
         except OSError as error:
             raise NotRunningYet(vm, str(error)) from error

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
-from caesura.delivery.sqlite import OffLoop, OutboxTable
+from caesura.delivery.sqlite_outbox import OffLoop, OutboxTable
 from caesura.runtime.errors import ConfigError, StoreError
 from caesura.runtime.logs import get_logger
 from caesura.runtime.shared_rows import Content, SharedRows, StoreLost, WorkingCopy, migrated

@@ -153,7 +153,7 @@ class LibvirtDriver:
         self._looking = asyncio.create_task(self._look(), name="look at domains")
 
     async def changed(self) -> None:
-        """Wait until a domain came, went, ended, was started, or got another label."""
+        """Wait until a domain came, went, ended, was started, was paused or resumed, or got another label."""
         await self._change.wait()
         self._change.clear()
 
@@ -174,12 +174,14 @@ class LibvirtDriver:
                 async with asyncio.timeout(_LOOK_S):
                     await self._event.wait()
             await asyncio.sleep(_SETTLE_S)
+            told = self._event.is_set()
             self._event.clear()
             # A look may take long, and who was paused late is not to wait for it.
             looks = asyncio.gather(self._late.undo(), self._domains.take())
             try:
                 await looks
-                if await self._restarter.start_ended(self._held):
+                # Not every event changes what the view holds: that a domain is paused is read when it is published.
+                if await self._restarter.start_ended(self._held) or told:
                     self._change.set()
             except Exception as error:  # noqa: BLE001 - whatever it is, the domains are looked at again
                 self._failed(f"the domains cannot be looked at: {error!r}")

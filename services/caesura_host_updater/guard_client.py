@@ -137,7 +137,7 @@ class GuardClient:
             raise GuardUnavailable("there is no pause guard")
         self._armed = operation
         try:
-            await self._ask(
+            answer = await self._ask(
                 {
                     "do": "arm",
                     "operation": operation,
@@ -150,6 +150,9 @@ class GuardClient:
         except GuardUnavailable:
             self._armed = ""
             raise
+        for vm, sockets in answer.get("unusable", {}).items():
+            hint = "give host updater and guard the same rights: where the daemon is away, the guard cannot resume this VM"
+            _log.error("guard.socket_unusable", vm=vm, sockets=sockets, hint=hint)
 
     async def leave(self, operation: str, by: float) -> None:
         """Have the guard start the loaded kernel, not after ``by`` (CLOCK_MONOTONIC). Returns, if at all, as an error.
@@ -159,6 +162,10 @@ class GuardClient:
         """
         patience_s = max(_ANSWER_S, by - time.monotonic() + _ANSWER_S)
         await self._ask({"do": "leave", "operation": operation, "by": by}, patience_s)
+
+    async def drop(self, operation: str, vms: Sequence[str]) -> None:
+        """These VMs were not paused by it: if they are paused, the guard is not to resume them. Raises GuardUnavailable."""
+        await self._ask({"do": "drop", "operation": operation, "vms": list(vms)})
 
     async def disarm(self, operation: str, timeout_s: float = 3.0) -> Intent | None:
         """The operation is over; returns what the guard did if it had fired. It is disarmed later if it is away.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from typing import Any, Literal, Protocol
 
@@ -133,6 +133,7 @@ class Watchdog:
             raise GuardRefusal(f"cannot write the intent: {error.strerror or error}") from error
         self._intent = intent
         self._owner_died_at = None
+        self._unstored_since = None
         self._reset()
 
     def adopt(self, intent: Intent, why: str = "the guard started and found it armed") -> None:
@@ -209,6 +210,23 @@ class Watchdog:
             return
         self._probes.demand(plan.vm for plan in intent.plans if isinstance(plan, ASKING_PLANS))
         self._sweep(release_all=True)
+
+    def drop(self, operation: str, vms: Collection[str]) -> None:
+        """The operation has not paused these VMs, and will not: one that is paused is not ours to resume. Durable when this returns.
+
+        Raises:
+            GuardRefusal: it is not armed, or has fired; or the disk refused, then they count until a restart of the guard.
+        """
+        intent = self._intent
+        if intent is None or intent.operation != operation:
+            raise GuardRefusal(f"operation {operation} is not armed")
+        if intent.fired is not None:
+            raise GuardRefusal("it has fired already")
+        intent.plans = tuple(plan for plan in intent.plans if plan.vm not in vms)
+        self._log("guard.dropped", operation=operation, vms=list(vms))
+        self._save()
+        if self._unstored_since is not None:
+            raise GuardRefusal("that is not recorded: a guard that is started again would resume them")
 
     def disarm(self, operation: str) -> dict[str, Any] | None:
         """The operation is over. Its intent is returned if the guard had to fire, else None.

@@ -579,3 +579,50 @@ def test_a_rehearsal_that_arrived_waits_for_who_measures_it() -> None:
     change = KernelChange("6.1", "/carve-out", rehearsal=True, arrival=arrival)
     world.watch.adopt(Intent("rehearsal-1", "former", 0.0, 1.0, (), kernel_change=change))
     assert world.watch.state == "fired"
+
+
+def test_a_vm_that_the_operation_did_not_pause_is_left_as_it_is() -> None:
+    """Somebody else paused it: neither the disarm nor the deadline nor the updater's death resumes it."""
+    for end in ("disarm", "deadline", "death", "restart"):
+        world = World()
+        world.watch.arm(world.intent())
+        world.vms["a"] = "frozen"
+        world.watch.drop("op", ["a"])
+        assert [plan["vm"] for plan in written(world)["plans"]] == ["b"], "durably"
+        match end:
+            case "disarm":
+                assert world.watch.disarm("op") is None
+            case "deadline":
+                world.now += 11
+                world.watch.step()
+            case "death":
+                world.watch.owner_gone(dead=True)
+            case _:
+                world.watch.adopt(Intent.from_json(written(world)))
+        assert world.vms == {"a": "frozen", "b": "running"}, end
+
+
+def test_what_is_dropped_is_of_this_operation_and_before_it_fired() -> None:
+    world = World()
+    with pytest.raises(GuardRefusal, match="not armed"):
+        world.watch.drop("op", ["a"])
+    world.watch.arm(world.intent())
+    with pytest.raises(GuardRefusal, match="not armed"):
+        world.watch.drop("another", ["a"])
+    world.watch.fire("test")
+    with pytest.raises(GuardRefusal, match="fired already"):
+        world.watch.drop("op", ["a"])
+    assert [plan["vm"] for plan in written(world)["plans"]] == ["a", "b"]
+
+
+def test_a_full_disk_does_not_make_a_dropped_vm_the_operations_again() -> None:
+    """It is told: a guard that is started again would take it for one."""
+    world = World()
+    world.watch.arm(world.intent())
+    world.vms["a"] = "frozen"
+    world.full = True
+    with pytest.raises(GuardRefusal, match="not recorded"):
+        world.watch.drop("op", ["a"])
+    world.full = False
+    assert world.watch.disarm("op") is None
+    assert world.vms["a"] == "frozen"

@@ -66,15 +66,26 @@ class PostgresOptions(msgspec.Struct, frozen=True, kw_only=True):
         """What libpq is called with, without the password (https://www.postgresql.org/docs/current/libpq-connect.html)."""
         try:
             given = conninfo_to_dict(self.url)
-        except psycopg.ProgrammingError as error:
+        except psycopg.ProgrammingError:
+            # What libpq says of it quotes it, and a password may be in it.
             raise WrongStore(
-                f"the store's URL cannot be read ({' '.join(str(error).split())}): write postgresql://user@host/database"
+                "the store's URL cannot be read, as a character that needs %XX or a parameter that does not exist: write "
+                "postgresql://user@host/database"
             ) from None
         for each in _REFUSED:
             if each in given:
                 raise WrongStore(
                     f"the store's URL must not have {each}: the password comes from the file that CAESURA_COORDINATOR_STORE_PASSWORD_FILE names"
                 )
+        ports = str(given.get("port") or "").split(",")
+        if not all(each == "" or (each.isascii() and each.isdigit()) for each in ports):
+            raise WrongStore(
+                "the store's URL has a port that is no number: write postgresql://user@host:5432/database, without a password"
+            )
+        if "@" in str(given.get("dbname") or ""):
+            raise WrongStore(
+                "the store's URL has an @ in the name of the database: write postgresql://user@host/database, without a password"
+            )
         if not given.get("dbname"):
             raise WrongStore("the store's URL names no database: write postgresql://user@host/database")
         if not given.get("host") and not given.get("hostaddr"):

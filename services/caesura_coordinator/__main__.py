@@ -5,6 +5,7 @@ from __future__ import annotations
 from caesura.runtime.interrupt import QuietInterrupt
 
 with QuietInterrupt():
+    import asyncio
     import sys
 
     from prometheus_client import CollectorRegistry
@@ -40,11 +41,13 @@ async def run(settings: CoordinatorSettings) -> None:
         if is_shared(settings):
             await _run_shared(settings)
         else:
-            await _serve(settings, CoordinatorStore(f"{settings.state_dir}/coordinator.sqlite"), None)
+            store = CoordinatorStore(f"{settings.state_dir}/coordinator.sqlite")
+            await _serve(settings, store, None, stop=asyncio.Event())
 
 
 async def _run_shared(settings: CoordinatorSettings) -> None:
-    """Stand by, lead, and stand by again once another coordinator leads or the store is lost."""
+    """Stand by, lead, and stand by again once another coordinator leads or the store is lost; until a signal."""
+    stop = asyncio.Event()
     while True:
         store, copy = working_copy()
         shared = SharedStore(
@@ -55,18 +58,22 @@ async def _run_shared(settings: CoordinatorSettings) -> None:
             lease_s=settings.lease_s,
         )
         try:
-            await _serve(settings, store, shared)
+            await _serve(settings, store, shared, stop=stop)
         except BaseExceptionGroup as group:
             found = leaves(group)
             if not all(isinstance(each, StoreLost | LeadershipLost) for each in found):
                 raise
             for each in dict.fromkeys(map(str, found)):
-                _log.error("coordinator.stands_by", why=each)
+                _log.error("coordinator.stops" if stop.is_set() else "coordinator.stands_by", why=each)
+            if stop.is_set():
+                return  # both at once, as when a machine shuts down
         else:
             return
 
 
-async def _serve(settings: CoordinatorSettings, store: CoordinatorStore, shared: SharedStore | None) -> None:
+async def _serve(
+    settings: CoordinatorSettings, store: CoordinatorStore, shared: SharedStore | None, *, stop: asyncio.Event
+) -> None:
     bus = MqttBus(
         options_from(settings, client_id=settings.instance, clean=False),
         filters=subscriptions(),
@@ -92,7 +99,7 @@ async def _serve(settings: CoordinatorSettings, store: CoordinatorStore, shared:
     }
     try:
         async with serve_health(settings.health_listen, pings, registry):
-            await serve(coordinator.tasks(), drain=coordinator.drain)
+            await serve(coordinator.tasks(), drain=coordinator.drain, stop=stop)
     finally:
         coordinator.commits.close()
 

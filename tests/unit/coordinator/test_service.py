@@ -339,6 +339,65 @@ async def test_a_request_that_waited_at_the_broker_for_long_is_refused_but_an_ab
         assert list(made.repository.rollouts) == [before]
 
 
+class _StandsBy:
+    """Has a coordinator take requests as a standby does, and decide them so many seconds later, as the leader."""
+
+    def __init__(self, made: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._requests = made.requests
+        self._patch = monkeypatch
+
+    async def __call__(self, *asked: Any, later_s: float) -> None:
+        with self._patch.context() as patch:
+            patch.setattr(self._requests, "_leadership", SimpleNamespace(claimed=False, is_leader=False))
+            for each in asked:
+                header = SimpleNamespace(time=datetime.now(UTC))
+                received: Any = SimpleNamespace(parameters={"client": "ops"}, header=header)
+                await self._requests.on_request(each, received)
+        with self._patch.context() as patch:
+            patch.setattr(self._requests, "_now", lambda: datetime.now(UTC) + timedelta(seconds=later_s))
+            self._requests.answer_pending()
+
+
+async def test_what_a_standby_received_long_before_it_leads_is_answered_and_an_abort_is_carried_out(
+    world: World, host: Callable[..., Any], build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.host(host("h1", build("w1")))
+    async with world.coordinator() as made:
+        await eventually(lambda: made.is_leader and bool(made.fleet.inventories))
+        rollout = (await world.ask(_request("q"))).rollout
+        stands_by = _StandsBy(made, monkeypatch)
+        stop = m.AbortRequested(request="stop", rollout="", reason="r")
+        many = [_request(f"q{number}") for number in range(1500)]
+        await stands_by(stop, *many, m.ResumeRequested(request="on", rollout=rollout), later_s=600.0)
+        assert made.repository.rollouts[rollout].status == "aborted"
+        for name in ("q1499", "on"):
+            answer = made.repository.response("ops", name)
+            assert answer is not None
+            assert answer.codes == ("request_late",), name
+        # What another coordinator has answered in the meantime is not answered again.
+        waiting = made.waiting()
+        await stands_by(stop, later_s=600.0)
+        assert made.waiting() <= waiting
+
+
+async def test_an_abort_without_a_name_does_not_end_a_rollout_that_was_started_after_it(
+    world: World, host: Callable[..., Any], build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.host(host("h1", build("w1")))
+    async with world.coordinator() as made:
+        await eventually(lambda: made.is_leader and bool(made.fleet.inventories))
+        rollout = (await world.ask(_request("q"))).rollout
+        stands_by = _StandsBy(made, monkeypatch)
+        younger = made.repository.rollouts[rollout].created_at - timedelta(seconds=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(made.requests, "_now", lambda: younger)
+            await stands_by(m.AbortRequested(request="stop", rollout="", reason="r"), later_s=1.0)
+        assert made.repository.rollouts[rollout].status == "running"
+        answer = made.repository.response("ops", "stop")
+        assert answer is not None
+        assert answer.codes == ("request_late",)
+
+
 async def test_of_two_that_claim_the_same_epoch_exactly_one_leads(world: World) -> None:
     async with world.coordinator("a") as a, world.coordinator("b") as b:
         await eventually(lambda: a.authority.epoch > 0 and b.authority.epoch > 0)

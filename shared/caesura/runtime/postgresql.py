@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ipaddress
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -36,6 +36,8 @@ _EXISTS = (
 )
 _CHUNK_BYTES = 16 * 1024 * 1024
 """bytes of rows in one statement: the server refuses 1 GB."""
+_CHUNK_ROWS = 10_000
+"""rows in one answer, after which a leader that takes over gives a sign of life."""
 _TYPES = {"TEXT": "text", "BLOB": "bytea", "INTEGER": "bigint"}
 _REFUSED = ("password", "passfile", "service", "servicefile", "sslpassword")
 """Parameters of the URL that would hold a secret, or take the connection elsewhere than the URL says."""
@@ -156,13 +158,21 @@ class PostgresRows:
         options: how to reach the database.
         columns: maps each table to its columns.
         version: of the schema that these columns are of.
+        tables: the names of the tables of an earlier version of the schema; None: they are not checked.
     """
 
-    def __init__(self, options: PostgresOptions, columns: Mapping[str, TableColumns], version: int) -> None:
+    def __init__(
+        self,
+        options: PostgresOptions,
+        columns: Mapping[str, TableColumns],
+        version: int,
+        tables: Callable[[int], Iterable[str]] | None = None,
+    ) -> None:
         self.label = options.label
         self._options = options
         self._columns = columns
         self._version = version
+        self._tables = tables
         self._session: psycopg.Connection[Any] | None = None
         self._epoch = 0
         """Our own: the one in the store while nobody else leads."""
@@ -187,19 +197,48 @@ class PostgresRows:
             if not self._one("SELECT pg_try_advisory_lock(%s)", _LOCK)[0]:
                 self._end_silent_leader()
                 return None
-            # Before anything is read: from here on no earlier leader can write.
-            version, self._epoch = self._one(
-                "UPDATE caesura.store SET epoch = epoch + 1, beat = beat + 1, coordinator = %s, led_since = now() RETURNING version, epoch",
-                name,
-            )
+            version, epoch, beat = self._one("SELECT version, epoch, beat FROM caesura.store")
             if version > self._version:
                 self._read_store()  # it was migrated since: says so
             rows = {}
-            for (table,) in self._made.execute(
-                "SELECT table_name FROM information_schema.tables WHERE table_schema = 'caesura' AND table_name <> 'store'"
-            ).fetchall():
-                rows[table] = self._table(table)
-            return Content(version=version, epoch=self._epoch - 1, rows=rows)
+            for table in self._tables_of(version):
+                rows[table], beat = self._table(table, epoch, beat)
+            # Last: a take-over that fails takes no epoch. Every write of anybody changes the row, so none came between.
+            self._step(
+                "UPDATE caesura.store SET epoch = epoch + 1, beat = beat + 1, coordinator = %s, led_since = now() WHERE epoch = %s AND beat = %s",
+                name,
+                epoch,
+                beat,
+            )
+            self._epoch = epoch + 1
+            return Content(version=version, epoch=epoch, rows=rows)
+
+    def _step(self, statement: str, *values: Any) -> None:
+        """An update of the store's row, which must find it. Raises StoreError: another coordinator wrote in the meantime."""
+        if self._made.execute(statement.encode(), values).rowcount != 1:
+            raise StoreError("another coordinator wrote to it while it was read")
+
+    def _tables_of(self, version: int) -> list[str]:
+        """The tables with the rows, which are those of the version. Raises StoreError: a table is missing, or there is one too many."""
+        found = self._stored_tables()
+        if version == self._version or self._tables is not None:
+            wanted = set(
+                self._columns if version == self._version or self._tables is None else self._tables(version)
+            )
+            wrong = [f"lacks the table caesura.{each}" for each in sorted(wanted - set(found))]
+            wrong += [f"has a table caesura.{each}" for each in sorted(set(found) - wanted)]
+            if wrong:
+                raise StoreError(
+                    f"the database {', '.join(wrong)}, unlike schema version {version}: restore the schema caesura from a backup"
+                )
+        return found
+
+    def _stored_tables(self) -> list[str]:
+        # Not from information_schema: it hides tables on which this role has no rights, and the store would look empty.
+        rows = self._made.execute(
+            "SELECT tablename FROM pg_catalog.pg_tables WHERE schemaname = 'caesura' AND tablename <> 'store' ORDER BY tablename"
+        ).fetchall()
+        return [name for (name,) in rows]
 
     def _end_silent_leader(self) -> None:
         """End the session that has the lock, if it gave no sign of life for the lease: the next try gets the lock.
@@ -230,9 +269,7 @@ class PostgresRows:
     def rewrite(self, content: Content) -> None:
         """See ``SharedRows.rewrite``."""
         with self._translated("cannot migrate"), self._fenced(self._epoch):
-            for (table,) in self._made.execute(
-                "SELECT table_name FROM information_schema.tables WHERE table_schema = 'caesura' AND table_name <> 'store'"
-            ).fetchall():
+            for table in self._stored_tables():
                 self._made.execute(sql.SQL("DROP TABLE caesura.{}").format(sql.Identifier(table)))
             self._create_tables(self._made)
             for table, (_, rows) in content.rows.items():
@@ -347,19 +384,34 @@ class PostgresRows:
                 raise self._superseded()
             yield
 
-    def _table(self, table: str) -> tuple[tuple[str, ...], list[Row]]:
+    def _table(self, table: str, epoch: int, beat: int) -> tuple[tuple[tuple[str, ...], list[Row]], int]:
+        """Columns and rows of a table, and the beat of the store: there is one after each chunk of rows."""
         names = [
             name
             for (name,) in self._made.execute(
-                "SELECT column_name FROM information_schema.columns WHERE table_schema = 'caesura' AND table_name = %s "
-                "AND column_name <> 'row_number' ORDER BY ordinal_position",
+                "SELECT attname FROM pg_catalog.pg_attribute JOIN pg_catalog.pg_class ON pg_class.oid = attrelid "
+                "JOIN pg_catalog.pg_namespace ON pg_namespace.oid = relnamespace WHERE nspname = 'caesura' AND relname = %s "
+                "AND attnum > 0 AND NOT attisdropped AND attname <> 'row_number' ORDER BY attnum",
                 (table,),
             )
         ]
         chosen = sql.SQL(", ").join(sql.Identifier(name) for name in ("row_number", *names))
-        query = sql.SQL("SELECT {} FROM caesura.{} ORDER BY row_number").format(chosen, sql.Identifier(table))
+        query = sql.SQL("SELECT {} FROM caesura.{} WHERE row_number > %s ORDER BY row_number LIMIT %s")
+        rows: list[Row] = []
         with self._made.cursor(binary=True) as cursor:
-            return tuple(names), cursor.execute(query).fetchall()
+            last, more = -(2**63), True
+            while more:
+                chunk = cursor.execute(
+                    query.format(chosen, sql.Identifier(table)), (last, _CHUNK_ROWS)
+                ).fetchall()
+                rows += chunk
+                if more := len(chunk) == _CHUNK_ROWS:
+                    last = chunk[-1][0]
+                    self._step(
+                        "UPDATE caesura.store SET beat = beat + 1 WHERE epoch = %s AND beat = %s", epoch, beat
+                    )
+                    beat += 1
+        return (tuple(names), rows), beat
 
     def _remove(self, table: str, numbers: Sequence[int]) -> None:
         if numbers:

@@ -75,7 +75,7 @@ class SharedRows(Protocol):
         """
 
     def try_lead(self, name: str) -> Content | None:
-        """Become the leader, unless another process is: raise the epoch by one, then read everything.
+        """Become the leader, unless another process is: read everything, then raise the epoch by one if nobody wrote in the meantime.
 
         Raises:
             As ``open``.

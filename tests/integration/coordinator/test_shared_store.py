@@ -16,7 +16,7 @@ from caesura.contract import messages as m
 from caesura.fleet.fold import apply
 from caesura.fleet.state import FleetState
 from caesura.lifecycle.command_compatibility import COMMANDS
-from caesura.runtime.errors import NewerStore
+from caesura.runtime.errors import NewerStore, StoreError
 from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.settings import Secret
 from caesura.runtime.shared_rows import StoreLost, WorkingCopy, WrongStore
@@ -28,6 +28,7 @@ from caesura_coordinator.records import Rollout, new_rollout
 from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.shared_store import LEFT_OUT, SharedStore, working_copy
 from caesura_coordinator.store import MIGRATIONS, CoordinatorStore
+from caesura_coordinator.store_options import tables_of
 from caesura_testing.patience import patient
 from caesura_testing.postgresql import PostgresServer, programs
 from caesura_testing.proxy import TcpProxy
@@ -51,7 +52,7 @@ def rows_of(url: str, copy: WorkingCopy, **changes: Any) -> Callable[[], Any]:
 
     version = changes.pop("version", len(MIGRATIONS))
     options = PostgresOptions(**{"url": url, "fleet": "default", "name": "c", "lease_s": _LEASE_S, **changes})
-    return lambda: PostgresRows(options, copy.columns, version)
+    return lambda: PostgresRows(options, copy.columns, version, tables_of)
 
 
 @asynccontextmanager
@@ -392,6 +393,65 @@ async def test_a_server_that_may_lose_commits_is_refused(
     async with coordinator_of(server.url) as first:
         with pytest.raises(WrongStore, match=f"{name} = {value}: it may lose"):
             await lead(first)
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        ("REVOKE SELECT ON caesura.rollout FROM caesura", "permission denied for table rollout"),
+        ("ALTER TABLE caesura.rollout OWNER TO postgres", "permission denied for table rollout"),
+        ("DROP TABLE caesura.rollout", "lacks the table caesura.rollout, unlike schema version"),
+        ("CREATE TABLE caesura.note (x integer)", "has a table caesura.note, unlike schema version"),
+    ],
+)
+async def test_a_store_that_cannot_be_read_whole_is_not_led_and_takes_no_epoch(
+    damage: str, why: str, server: PostgresServer
+) -> None:
+    async with coordinator_of(server.url) as first:
+        started(await lead(first), fleet_of())
+        await first.reached()
+    before = await server.sql("SELECT epoch FROM caesura.store")
+    await server.sql(damage)
+    async with coordinator_of(server.url) as second:
+        waiting = asyncio.create_task(lead(second))
+        await until(lambda: why in second.waits_for)
+        assert not second.leads
+        assert await server.sql("SELECT epoch FROM caesura.store") == before
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def test_a_large_store_is_read_in_chunks_and_not_led_if_somebody_wrote_meanwhile(
+    server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from caesura.runtime import postgresql  # noqa: PLC0415
+
+    monkeypatch.setattr(postgresql, "_CHUNK_ROWS", 2)
+    async with coordinator_of(server.url) as first:
+        store = await lead(first)
+        with store.transaction():
+            for number in range(7):
+                store.save_owner(f"w{number}", "h", 1)
+        await first.reached()
+        owners = store.owners()
+    _, copy = working_copy()
+    rows = rows_of(server.url, copy)()
+    content = await asyncio.to_thread(rows.try_lead, "two")
+    assert content is not None
+    assert len(content.rows["owner"][1]) == len(owners) == 7
+    rows.close()
+    epoch = await server.sql("SELECT epoch FROM caesura.store")
+    real = rows._table
+
+    def written(table: str, *more: int) -> Any:
+        with psycopg.connect(server.url) as other:
+            other.execute("UPDATE caesura.store SET beat = beat + 1")
+        return real(table, *more)
+
+    monkeypatch.setattr(rows, "_table", written)
+    with pytest.raises(StoreError, match="another coordinator wrote to it while it was read"):
+        await asyncio.to_thread(rows.try_lead, "two")
+    assert await server.sql("SELECT epoch FROM caesura.store") == epoch
 
 
 async def test_a_schema_of_an_older_version_is_migrated_by_the_leader(server: PostgresServer) -> None:

@@ -25,7 +25,7 @@ with QuietInterrupt():
     from caesura_coordinator.metrics import CoordinatorCollector
     from caesura_coordinator.service import Coordinator, subscriptions
     from caesura_coordinator.settings import CoordinatorSettings
-    from caesura_coordinator.shared_store import SharedStore, working_copy
+    from caesura_coordinator.shared_store import SharedStore, hold_off_s, working_copy
     from caesura_coordinator.store import CoordinatorStore
     from caesura_coordinator.store_options import check_store, is_shared, shared_rows
 
@@ -48,6 +48,7 @@ async def run(settings: CoordinatorSettings) -> None:
 async def _run_shared(settings: CoordinatorSettings) -> None:
     """Stand by, lead, and stand by again once another coordinator leads or the store is lost; until a signal."""
     stop = asyncio.Event()
+    losses = 0
     while True:
         store, copy = working_copy()
         shared = SharedStore(
@@ -56,6 +57,7 @@ async def _run_shared(settings: CoordinatorSettings) -> None:
             shared_rows(settings, copy.columns),
             name=settings.instance,
             lease_s=settings.lease_s,
+            hold_off_s=hold_off_s(losses),
         )
         try:
             await _serve(settings, store, shared, stop=stop)
@@ -67,6 +69,7 @@ async def _run_shared(settings: CoordinatorSettings) -> None:
                 _log.error("coordinator.stops" if stop.is_set() else "coordinator.stands_by", why=each)
             if stop.is_set():
                 return  # both at once, as when a machine shuts down
+            losses = 0 if shared.steady else losses + 1
         else:
             return
 

@@ -26,6 +26,9 @@ _SLOW_S = 1.0
 """s: without an answer of the database, after which the coordinator says that it waits."""
 _BEATS = 4
 """Signs of life in one lease."""
+_STEADY_S = 60.0
+"""s: who led so long starts to count its losses again."""
+_HOLD_OFF_S = 300.0
 ANOTHER_LEADS = "another coordinator leads"
 
 T = TypeVar("T")
@@ -36,6 +39,14 @@ def working_copy() -> tuple[CoordinatorStore, WorkingCopy]:
     """An empty store in memory, and what knows its changes."""
     store = CoordinatorStore(":memory:")
     return store, WorkingCopy(store.database, LEFT_OUT)
+
+
+def hold_off_s(losses: int) -> float:
+    """Seconds for which a coordinator that lost the lead so many times in a row, each time soon, leaves it to others.
+
+    Each lead takes epochs, and hosts do not follow a leap over too many; a full disk at the database would use them up overnight.
+    """
+    return min(_HOLD_OFF_S, 2.0 ** (losses - 2)) if losses > 1 else 0.0
 
 
 class SharedStore:
@@ -49,6 +60,7 @@ class SharedStore:
         lease_s: how long the database may take for an answer.
         poll_s: seconds between two tries of a standby to lead: a take-over takes up to so much longer.
         retry_s: seconds before the next try to reach a database that was not reached.
+        hold_off_s: seconds before the first try to lead.
     """
 
     def __init__(
@@ -61,6 +73,7 @@ class SharedStore:
         lease_s: float,
         poll_s: float = _POLL_S,
         retry_s: float = _RETRY_S,
+        hold_off_s: float = 0.0,
     ) -> None:
         self.store = store
         self.lease_s = lease_s
@@ -79,6 +92,9 @@ class SharedStore:
         self._name = name
         self._poll_s = poll_s
         self._retry_s = retry_s
+        self._hold_off_s = hold_off_s
+        self._leads_since: float | None = None
+        """Loop time."""
         self._worker = Worker("shared-store")
         self._on_disk = store.database.commits
         self._round: asyncio.Task[None] | None = None
@@ -100,6 +116,9 @@ class SharedStore:
             StoreLost: it was lost at once.
             StoreError: the content cannot be read.
         """
+        if self._hold_off_s:
+            self._now_waits_for(f"its next try in {self._hold_off_s:g} s: it lost the lead again and again")
+            await asyncio.sleep(self._hold_off_s)
         while True:
             try:
                 why = obstacle(await self._do(self._rows.open))
@@ -114,6 +133,7 @@ class SharedStore:
         await self._take(content)
         self._now_waits_for("")
         self.leads = True
+        self._leads_since = asyncio.get_running_loop().time()
 
     async def _take(self, content: Content) -> None:
         if content.version < len(MIGRATIONS):
@@ -157,6 +177,12 @@ class SharedStore:
     def lost(self) -> bool:
         """Whether this coordinator begins again as a standby."""
         return self._failed is not None
+
+    @property
+    def steady(self) -> bool:
+        """Whether it led for long enough not to count as lost at once."""
+        now_s = asyncio.get_running_loop().time()
+        return self._leads_since is not None and now_s - self._leads_since > _STEADY_S
 
     @property
     def settled(self) -> bool:

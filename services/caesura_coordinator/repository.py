@@ -74,12 +74,17 @@ class RolloutRepository:
 
     def __init__(self, store: CoordinatorStore, now: datetime) -> None:
         self.store = store
-        self.load(now)
+        self.load(now, store.rollouts())
 
-    def load(self, now: datetime) -> None:
-        """Read everything again: the store has other content."""
+    def load(self, now: datetime, rollouts: Iterable[Rollout]) -> None:
+        """Read everything again: the store has other content.
+
+        Args:
+            now: as of the class.
+            rollouts: those of the store, read where that holds up nobody.
+        """
         store = self.store
-        self.rollouts: dict[str, Rollout] = {each.id: after_restart(each, now) for each in store.rollouts()}
+        self.rollouts: dict[str, Rollout] = {each.id: after_restart(each, now) for each in rollouts}
         self._documents = DocumentRepository(store)
         self._active = ActiveRollouts()
         for rollout in self.rollouts.values():

@@ -281,9 +281,9 @@ class Coordinator:
             _log.warning("coordinator.waiting_for_broker", why=self.bus.stats.last_error)
         await self.leadership.settled()
         if self.shared is not None:
-            await self.shared.lead(self._obstacle)
+            rollouts = await self.shared.lead(self._obstacle)
             self.store.write_as(self.post.source)
-            self.repository.load(self._now())
+            self.repository.load(self._now(), rollouts)
         await self.leadership.claim()
         self.owners.lead(self.authority.epoch)
         self._owner_records.changed()

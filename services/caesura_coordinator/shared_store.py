@@ -10,11 +10,14 @@ import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
+import msgspec
+
 from caesura.delivery.sqlite import OffLoop, OutboxTable
 from caesura.runtime.errors import ConfigError, StoreError
 from caesura.runtime.logs import get_logger
-from caesura.runtime.shared_rows import Content, SharedRows, StoreLost, WorkingCopy, migrated
-from caesura.runtime.threads import Worker
+from caesura.runtime.shared_rows import Content, SharedRows, StoreLost, WorkingCopy, insert, migrated
+from caesura.runtime.threads import Worker, meanwhile
+from caesura_coordinator.records import Rollout
 from caesura_coordinator.store import MIGRATIONS, CoordinatorStore
 
 LEFT_OUT = ("epoch", "outbox_1")
@@ -47,6 +50,25 @@ def hold_off_s(losses: int) -> float:
     Each lead takes epochs, and hosts do not follow a leap over too many; a full disk at the database would use them up overnight.
     """
     return min(_HOLD_OFF_S, 2.0 ** (losses - 2)) if losses > 1 else 0.0
+
+
+class _Taken(msgspec.Struct, frozen=True):
+    """The content at a take-over: a second copy of it, and the rollouts in it."""
+
+    store: CoordinatorStore
+    rollouts: list[Rollout]
+
+
+def _taken(content: Content) -> _Taken | StoreError:
+    """Or why it cannot be read."""
+    try:
+        store = CoordinatorStore(":memory:", any_thread=True)
+        with store.database.transaction():
+            insert(store.database, content)
+            store.database.run("UPDATE epoch SET value = ?", content.epoch)
+        return _Taken(store=store, rollouts=store.rollouts())
+    except StoreError as error:
+        return error
 
 
 class SharedStore:
@@ -105,8 +127,8 @@ class SharedStore:
 
     # -- election ------------------------------------------------------------------------------------------
 
-    async def lead(self, obstacle: Callable[[int], str] = lambda _: "") -> None:
-        """Stand by until this coordinator leads; then the working copy has the content.
+    async def lead(self, obstacle: Callable[[int], str] = lambda _: "") -> list[Rollout]:
+        """Stand by until this coordinator leads; then the working copy has the content. Returns its rollouts.
 
         Args:
             obstacle: what keeps this coordinator from the lead though the store does not, given the store's epoch; empty: nothing.
@@ -122,29 +144,46 @@ class SharedStore:
         while True:
             try:
                 why = obstacle(await self._do(self._rows.open))
-                content = None if why else await self._do(lambda: self._rows.try_lead(self._name))
+                taken = None if why else await self._do(self._taking_over(), lasting=True)
             except StoreError as error:
                 await self._not_reached(error)
                 continue
-            if content is not None:
+            if taken is not None:
                 break
             self._now_waits_for(why or ANOTHER_LEADS)
             await asyncio.sleep(self._poll_s)
-        await self._take(content)
+        if isinstance(taken, StoreError):
+            raise taken
+        self._copy.fill(taken.store.database)
+        taken.store.database.close()
+        self._on_disk = self.store.database.commits
         self._now_waits_for("")
         self.leads = True
         self._leads_since = asyncio.get_running_loop().time()
+        return taken.rollouts
 
-    async def _take(self, content: Content) -> None:
-        if content.version < len(MIGRATIONS):
-            content = migrated(content, MIGRATIONS, LEFT_OUT)
-            try:
-                await self._do(lambda: self._rows.rewrite(content))
-            except StoreError as error:
-                raise self._lost(error) from error
-        self._copy.fill(content)
-        self.store.database.run("UPDATE epoch SET value = ?", content.epoch)
-        self._on_disk = self.store.database.commits
+    def _taking_over(self) -> Callable[[], _Taken | StoreError | None]:
+        """Work for the thread: the content, if this coordinator leads now; an error if it cannot be read.
+
+        All of it is done there, however large it is, and the session shows signs of life in the meantime.
+        """
+        rows = self._rows
+
+        def take_over() -> _Taken | StoreError | None:
+            content = rows.try_lead(self._name)
+            if content is None:
+                return None
+            found = content
+
+            def with_life(work: Callable[[], T]) -> T:
+                return meanwhile("shared-store-content", work, self.lease_s / _BEATS, rows.beat)
+
+            if found.version < len(MIGRATIONS):
+                found = with_life(lambda: migrated(content, MIGRATIONS, LEFT_OUT))
+                rows.rewrite(found)
+            return with_life(lambda: _taken(found))
+
+        return take_over
 
     async def _not_reached(self, error: StoreError) -> None:
         if error.exit_code == ConfigError.exit_code:
@@ -286,26 +325,36 @@ class SharedStore:
             for each in self.listeners:
                 each()
 
-    async def _do(self, work: Callable[[], T]) -> T:
+    async def _do(self, work: Callable[[], T], *, lasting: bool = False) -> T:
         """What ``work`` returns, from the thread. If it takes longer than the lease, the thread is left alone.
+
+        Args:
+            work: uses the session.
+            lasting: it may take longer, as long as the database gives answers.
 
         Raises:
             StoreError: as ``work``, or no answer in time.
         """
         began_s = asyncio.get_running_loop().time()
         self._asked_s.append(began_s)
+        rows, running = self._rows, asyncio.ensure_future(self._worker.do(work))
         try:
-            async with asyncio.timeout(self.lease_s):
-                return await self._worker.do(work)
-        except TimeoutError:
+            while True:
+                answers = rows.answers
+                done, _ = await asyncio.wait({running}, timeout=self.lease_s)
+                if done:
+                    return await running
+                if not lasting or rows.answers == answers:
+                    break
             # The thread may continue some day: then it ends its session.
-            self._worker.post(self._rows.close)
+            self._worker.post(rows.close)
             self._worker.end()
             self._rows = self._make_rows()
-            error = StoreError(f"no answer of {self._rows.label} for {self.lease_s:g} s")
+            error = StoreError(f"no answer of {rows.label} for {self.lease_s:g} s")
             error.temporary = True
-            raise error from None
+            raise error
         finally:
+            running.cancel()
             self._asked_s.remove(began_s)
 
     def _lost(self, error: StoreError) -> StoreLost:

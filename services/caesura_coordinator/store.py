@@ -84,8 +84,8 @@ _log = get_logger("caesura.coordinator")
 class CoordinatorStore:
     """See the module. Raises StoreError from every method when the disk or the file refuses."""
 
-    def __init__(self, path: str) -> None:
-        self.database = Database(path, MIGRATIONS)
+    def __init__(self, path: str, *, any_thread: bool = False) -> None:
+        self.database = Database(path, MIGRATIONS, any_thread=any_thread)
         self.outbox = OutboxTable(self.database)
         self._source = source_of("default", "coordinator")
         self.left_over = 0

@@ -36,8 +36,10 @@ _EXISTS = (
 )
 _CHUNK_BYTES = 16 * 1024 * 1024
 """bytes of rows in one statement: the server refuses 1 GB."""
-_CHUNK_ROWS = 10_000
-"""rows in one answer, after which a leader that takes over gives a sign of life."""
+_CHUNK_ROWS = 2000
+"""rows in one answer, after which a leader that takes over may give a sign of life."""
+_BEATS = 8
+"""Signs of life in one lease during a take-over, at most."""
 _TYPES = {"TEXT": "text", "BLOB": "bytea", "INTEGER": "bigint"}
 _REFUSED = ("password", "passfile", "service", "servicefile", "sslpassword")
 """Parameters of the URL that would hold a secret, or take the connection elsewhere than the URL says."""
@@ -151,6 +153,15 @@ def _is_here(host: str) -> bool:
         return False
 
 
+class _Reading(msgspec.Struct):
+    """What the store's row has while it is read: only our signs of life change it."""
+
+    epoch: int
+    beat: int
+    beat_at: float
+    """seconds on the monotonic clock"""
+
+
 class PostgresRows:
     """See the module, and ``caesura.runtime.shared_rows.SharedRows``.
 
@@ -169,6 +180,8 @@ class PostgresRows:
         tables: Callable[[int], Iterable[str]] | None = None,
     ) -> None:
         self.label = options.label
+        self.answers = 0
+        """See ``SharedRows``."""
         self._options = options
         self._columns = columns
         self._version = version
@@ -176,8 +189,8 @@ class PostgresRows:
         self._session: psycopg.Connection[Any] | None = None
         self._epoch = 0
         """Our own: the one in the store while nobody else leads."""
-        self._seen: tuple[int, int] | None = None
-        """The leader's epoch and its last sign of life."""
+        self._seen: Any = None
+        """The leader's epoch and its last signs of life."""
         self._seen_at = 0.0
         """When that was first seen, seconds on the monotonic clock."""
 
@@ -201,14 +214,15 @@ class PostgresRows:
             if version > self._version:
                 self._read_store()  # it was migrated since: says so
             rows = {}
+            reading = _Reading(epoch=epoch, beat=beat, beat_at=time.monotonic())
             for table in self._tables_of(version):
-                rows[table], beat = self._table(table, epoch, beat)
+                rows[table] = self._table(table, reading)
             # Last: a take-over that fails takes no epoch. Every write of anybody changes the row, so none came between.
             self._step(
                 "UPDATE caesura.store SET epoch = epoch + 1, beat = beat + 1, coordinator = %s, led_since = now() WHERE epoch = %s AND beat = %s",
                 name,
                 epoch,
-                beat,
+                reading.beat,
             )
             self._epoch = epoch + 1
             return Content(version=version, epoch=epoch, rows=rows)
@@ -217,6 +231,7 @@ class PostgresRows:
         """An update of the store's row, which must find it. Raises StoreError: another coordinator wrote in the meantime."""
         if self._made.execute(statement.encode(), values).rowcount != 1:
             raise StoreError("another coordinator wrote to it while it was read")
+        self.answers += 1
 
     def _tables_of(self, version: int) -> list[str]:
         """The tables with the rows, which are those of the version. Raises StoreError: a table is missing, or there is one too many."""
@@ -246,7 +261,13 @@ class PostgresRows:
         ``idle_session_timeout`` is not enough: it does not run in the middle of a message, where a process may be stopped.
         """
         now = time.monotonic()
-        seen = self._one("SELECT epoch, beat FROM caesura.store")
+        # A statement of its session is a sign of life, too: what it does in a transaction, as a migration, is not in the row before its end.
+        # Of a session of another role the server does not say it.
+        seen = self._one(
+            "SELECT epoch, beat, (SELECT max(state_change) FROM pg_stat_activity JOIN pg_locks USING (pid) WHERE locktype = 'advisory' AND granted "
+            "AND classid = 0 AND objid = %s AND objsubid = 1 AND pg_locks.database = datid) FROM caesura.store",
+            _LOCK,
+        )
         if seen != self._seen:
             self._seen, self._seen_at = seen, now
         elif now - self._seen_at > self._options.lease_s:
@@ -269,6 +290,8 @@ class PostgresRows:
     def rewrite(self, content: Content) -> None:
         """See ``SharedRows.rewrite``."""
         with self._translated("cannot migrate"), self._fenced(self._epoch):
+            # The rows of years are one statement of many seconds; who waits sees each answer.
+            self._made.execute("SET LOCAL statement_timeout = 0")
             for table in self._stored_tables():
                 self._made.execute(sql.SQL("DROP TABLE caesura.{}").format(sql.Identifier(table)))
             self._create_tables(self._made)
@@ -280,6 +303,7 @@ class PostgresRows:
         """See ``SharedRows.beat``."""
         with self._translated("cannot reach"), self._fenced(self._epoch):
             pass
+        self.answers += 1
 
     def close(self) -> None:
         """See ``SharedRows.close``."""
@@ -384,8 +408,8 @@ class PostgresRows:
                 raise self._superseded()
             yield
 
-    def _table(self, table: str, epoch: int, beat: int) -> tuple[tuple[tuple[str, ...], list[Row]], int]:
-        """Columns and rows of a table, and the beat of the store: there is one after each chunk of rows."""
+    def _table(self, table: str, reading: _Reading) -> tuple[tuple[str, ...], list[Row]]:
+        """Columns and rows of a table, with signs of life between chunks of rows."""
         names = [
             name
             for (name,) in self._made.execute(
@@ -405,13 +429,20 @@ class PostgresRows:
                     query.format(chosen, sql.Identifier(table)), (last, _CHUNK_ROWS)
                 ).fetchall()
                 rows += chunk
+                self.answers += 1
                 if more := len(chunk) == _CHUNK_ROWS:
                     last = chunk[-1][0]
-                    self._step(
-                        "UPDATE caesura.store SET beat = beat + 1 WHERE epoch = %s AND beat = %s", epoch, beat
-                    )
-                    beat += 1
-        return (tuple(names), rows), beat
+                    self._beat_in(reading)
+        return tuple(names), rows
+
+    def _beat_in(self, reading: _Reading) -> None:
+        if (now := time.monotonic()) - reading.beat_at >= self._options.lease_s / _BEATS:
+            self._step(
+                "UPDATE caesura.store SET beat = beat + 1 WHERE epoch = %s AND beat = %s",
+                reading.epoch,
+                reading.beat,
+            )
+            reading.beat, reading.beat_at = reading.beat + 1, now
 
     def _remove(self, table: str, numbers: Sequence[int]) -> None:
         if numbers:
@@ -435,6 +466,7 @@ class PostgresRows:
             ),
         )
         for chunk in _chunks(rows):
+            self.answers += 1
             self._made.execute(statement, [list(values) for values in zip(*chunk, strict=True)])
 
     def _one(self, query: str, *values: Any) -> Any:

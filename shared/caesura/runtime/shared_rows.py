@@ -65,6 +65,8 @@ class SharedRows(Protocol):
 
     label: str
     """The database, for people; without a password."""
+    answers: int
+    """How many answers it has given: who waits for a method that needs many, in another thread, sees that it goes on."""
 
     def open(self) -> int:
         """Connect if there is no session, check server and schema, and create what is missing; returns the epoch.
@@ -76,6 +78,8 @@ class SharedRows(Protocol):
 
     def try_lead(self, name: str) -> Content | None:
         """Become the leader, unless another process is: read everything, then raise the epoch by one if nobody wrote in the meantime.
+
+        It gives signs of life while it reads.
 
         Raises:
             As ``open``.
@@ -144,13 +148,10 @@ class WorkingCopy:
         self._database.run("DELETE FROM changed_row")
         return found
 
-    def fill(self, content: Content) -> None:
-        """Replace everything by this content; none of it counts as changed."""
-        with self._database.transaction():
-            for table in self.columns:
-                self._database.run(f"DELETE FROM {table}")  # noqa: S608 - the schema's own names
-            insert(self._database, content)
-            self._database.run("DELETE FROM changed_row")
+    def fill(self, database: Database) -> None:
+        """Replace everything by the content of this database, which has the same schema; none of it counts as changed."""
+        self._database.replace_by(database)
+        self._database.run("DELETE FROM changed_row")
 
 
 def columns_of(database: Database, leave_out: Iterable[str] = ()) -> dict[str, TableColumns]:
@@ -171,8 +172,7 @@ def insert(database: Database, content: Content) -> None:
     for table, (names, rows) in content.rows.items():
         places = ", ".join("?" * (len(names) + 1))
         statement = f"INSERT INTO {table} (rowid, {', '.join(names)}) VALUES ({places})"  # noqa: S608 - the schema's own names
-        for row in rows:
-            database.run(statement, *row)
+        database.run_many(statement, rows)
 
 
 def migrated(content: Content, migrations: Sequence[str], leave_out: Iterable[str] = ()) -> Content:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import pytest
@@ -443,7 +445,7 @@ async def test_a_large_store_is_read_in_chunks_and_not_led_if_somebody_wrote_mea
     epoch = await server.sql("SELECT epoch FROM caesura.store")
     real = rows._table
 
-    def written(table: str, *more: int) -> Any:
+    def written(table: str, *more: Any) -> Any:
         with psycopg.connect(server.url) as other:
             other.execute("UPDATE caesura.store SET beat = beat + 1")
         return real(table, *more)
@@ -545,6 +547,35 @@ async def test_a_leader_that_is_silent_in_the_middle_of_a_query_does_not_keep_th
                 stuck.execute("SELECT 1")
         finally:
             stuck.close()
+
+
+async def test_a_leader_in_a_long_transaction_is_not_ended_while_it_does_something(
+    server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a take-over that migrates the store: its signs of life in the row come with the end of the transaction."""
+    from caesura.runtime import postgresql  # noqa: PLC0415
+
+    now = [1000.0]
+    monkeypatch.setattr(postgresql, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    _, copy = working_copy()
+    busy, rows = rows_of(server.url, copy, name="one")(), rows_of(server.url, copy, name="two")()
+    assert await asyncio.to_thread(busy.try_lead, "one") is not None
+
+    def ended() -> bool:
+        now[0] += 10 * _LEASE_S
+        assert rows.try_lead("two") is None
+        return bool(busy._made.closed)
+
+    with contextlib.suppress(psycopg.Error), busy._made.transaction():
+        for _ in range(3):
+            assert not await asyncio.to_thread(ended)
+            busy._made.execute("UPDATE caesura.store SET beat = beat + 1")
+        await asyncio.to_thread(ended)
+        await asyncio.to_thread(ended)
+        with pytest.raises(psycopg.OperationalError):
+            busy._made.execute("SELECT 1")
+    rows.close()
+    busy.close()
 
 
 async def test_tls_is_checked_against_the_ca_and_the_name(server: PostgresServer, tmp_path: Path) -> None:

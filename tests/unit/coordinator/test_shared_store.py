@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Sequence
+from typing import Any
 
+import pytest
+
+from caesura.runtime import shared_rows
+from caesura.runtime.errors import StoreError
 from caesura.runtime.shared_rows import Content, TableChanges
+from caesura_coordinator import shared_store
 from caesura_coordinator.shared_store import SharedStore, hold_off_s, working_copy
 from caesura_coordinator.store import MIGRATIONS
 from caesura_testing.patience import patient
@@ -18,6 +26,8 @@ class Rows:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.answers = 0
+        self.beats = 0
         self.rows: dict[str, tuple[tuple[str, ...], list[tuple[object, ...]]]] = {}
 
     def open(self) -> int:
@@ -34,15 +44,16 @@ class Rows:
         raise AssertionError
 
     def beat(self) -> None:
-        pass
+        self.beats += 1
+        self.answers += 1
 
     def close(self) -> None:
         pass
 
 
-def shared_with(rows: Rows, **more: float) -> SharedStore:
+def shared_with(rows: Rows, lease_s: float = 30.0, hold_off_s: float = 0.0) -> SharedStore:
     store, copy = working_copy()
-    return SharedStore(store, copy, lambda: rows, name="c", lease_s=30.0, **more)
+    return SharedStore(store, copy, lambda: rows, name="c", lease_s=lease_s, hold_off_s=hold_off_s)
 
 
 def test_who_loses_the_lead_again_and_again_asks_less_often() -> None:
@@ -68,3 +79,58 @@ async def test_a_standby_that_holds_off_says_so_and_does_not_ask_for_the_lead() 
     async with asyncio.timeout(patient(10)):
         await at_once.lead()
     assert rows.asked == ["c"]
+
+
+async def test_a_take_over_takes_its_time_in_the_thread_and_gives_signs_of_life(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = Rows()
+    rows.rows["owner"] = (("vm", "host", "epoch"), [(1, "w0", "h0", 4)])
+    loops = threading.current_thread()
+    real = shared_rows.insert
+
+    def slow(*values: Any) -> None:
+        assert threading.current_thread() is not loops
+        while rows.beats < 20:  # five leases
+            time.sleep(0.01)
+        real(*values)
+
+    monkeypatch.setattr(shared_store, "insert", slow)
+    shared = shared_with(rows, lease_s=0.4)
+    async with asyncio.timeout(patient(30)):
+        assert await shared.lead() == []
+    assert shared.store.owners() == {"w0": ("h0", 4)}
+    assert shared.store.epoch() == 1
+    # What was filled in does not count as changed, and what changes from here on does.
+    assert shared._copy.take() == []
+    with shared.store.transaction():
+        shared.store.save_owner("w1", "h1", 5)
+    assert [each.table for each in shared._copy.take()] == ["owner"]
+
+
+async def test_content_that_cannot_be_read_is_not_led_and_named() -> None:
+    rows = Rows()
+    rows.rows["rollout"] = (("id", "body"), [(1, "r", b"{")])
+    with pytest.raises(StoreError, match="rollout r in the store"):
+        await shared_with(rows).lead()
+
+
+async def test_a_take_over_in_which_the_database_falls_silent_is_given_up() -> None:
+    released = threading.Event()
+
+    class Silent(Rows):
+        def try_lead(self, name: str) -> Content | None:
+            if not self.asked:
+                self.asked.append(name)
+                released.wait()
+            return super().try_lead(name)
+
+    rows = Silent()
+    shared = shared_with(rows, lease_s=0.2)
+    waiting = asyncio.create_task(shared.lead())
+    async with asyncio.timeout(patient(30)):
+        while "no answer of postgresql://db/caesura" not in shared.waits_for:  # noqa: ASYNC110 - a state, no event
+            await asyncio.sleep(0.01)
+        released.set()
+        await waiting
+    assert shared.leads

@@ -34,6 +34,8 @@ _LOCK_SCHEMA = _LOCK + 1
 _EXISTS = (
     "SELECT EXISTS (SELECT FROM pg_catalog.pg_tables WHERE schemaname = 'caesura' AND tablename = 'store')"
 )
+CLOCKS_S = 1.5
+"""s: how much a leader's clock may differ from the database's."""
 _CHUNK_BYTES = 16 * 1024 * 1024
 """bytes of rows in one statement: the server refuses 1 GB."""
 _CHUNK_ROWS = 2000
@@ -170,6 +172,7 @@ class PostgresRows:
         columns: maps each table to its columns.
         version: of the schema that these columns are of.
         tables: the names of the tables of an earlier version of the schema; None: they are not checked.
+        clock: of this machine, seconds since 1970.
     """
 
     def __init__(
@@ -178,6 +181,7 @@ class PostgresRows:
         columns: Mapping[str, TableColumns],
         version: int,
         tables: Callable[[int], Iterable[str]] | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.label = options.label
         self.answers = 0
@@ -186,6 +190,7 @@ class PostgresRows:
         self._columns = columns
         self._version = version
         self._tables = tables
+        self._clock = clock
         self._session: psycopg.Connection[Any] | None = None
         self._epoch = 0
         """Our own: the one in the store while nobody else leads."""
@@ -207,6 +212,7 @@ class PostgresRows:
         """See ``SharedRows.try_lead``."""
         self.open()
         with self._translated("cannot lead with"):
+            self._check_clock()
             if not self._one("SELECT pg_try_advisory_lock(%s)", _LOCK)[0]:
                 self._end_silent_leader()
                 return None
@@ -226,6 +232,19 @@ class PostgresRows:
             )
             self._epoch = epoch + 1
             return Content(version=version, epoch=epoch, rows=rows)
+
+    def _check_clock(self) -> None:
+        """Raises StoreError: a wave would start before its NotBefore if the next leader's clock were ahead of this one's."""
+        before = self._clock()
+        (theirs,) = self._one("SELECT extract(epoch FROM clock_timestamp())::float8")
+        after = self._clock()
+        # Between the two readings lies the way there and back: what cannot be told from it is not a difference.
+        ahead = max(before - theirs, 0.0) - max(theirs - after, 0.0)
+        if abs(ahead) > CLOCKS_S:
+            raise StoreError(
+                f"the clock of this machine is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} that of the database {self.label}, which "
+                "shows what time other coordinators have: synchronise both (NTP), until then this coordinator does not lead"
+            )
 
     def _step(self, statement: str, *values: Any) -> None:
         """An update of the store's row, which must find it. Raises StoreError: another coordinator wrote in the meantime."""
@@ -330,6 +349,11 @@ class PostgresRows:
         version = session.info.server_version
         if version < OLDEST * 10_000:
             raise self._wrong(f"is of PostgreSQL {version // 10_000}; at least {OLDEST} is needed")
+        encoding = session.info.parameter_status("server_encoding")
+        if encoding != "UTF8":
+            raise self._wrong(
+                f"has the encoding {encoding}, not UTF8: names would be lost. Make another one: CREATE DATABASE ... OWNER ... ENCODING 'UTF8' TEMPLATE template0"
+            )
         for name, bad in (
             ("fsync", {"off"}),
             ("full_page_writes", {"off"}),

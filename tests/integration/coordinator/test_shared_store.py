@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -53,8 +54,9 @@ def rows_of(url: str, copy: WorkingCopy, **changes: Any) -> Callable[[], Any]:
     from caesura.runtime.postgresql import PostgresOptions, PostgresRows  # noqa: PLC0415
 
     version = changes.pop("version", len(MIGRATIONS))
+    clock = changes.pop("clock", time.time)
     options = PostgresOptions(**{"url": url, "fleet": "default", "name": "c", "lease_s": _LEASE_S, **changes})
-    return lambda: PostgresRows(options, copy.columns, version, tables_of)
+    return lambda: PostgresRows(options, copy.columns, version, tables_of, clock)
 
 
 @asynccontextmanager
@@ -454,6 +456,30 @@ async def test_a_large_store_is_read_in_chunks_and_not_led_if_somebody_wrote_mea
     with pytest.raises(StoreError, match="another coordinator wrote to it while it was read"):
         await asyncio.to_thread(rows.try_lead, "two")
     assert await server.sql("SELECT epoch FROM caesura.store") == epoch
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+async def test_a_database_that_is_not_in_utf8_is_refused(encoding: str, server: PostgresServer) -> None:
+    await server.sql(
+        f"CREATE DATABASE other OWNER caesura ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0",
+        database="postgres",
+    )
+    async with coordinator_of(server.url.removesuffix("/caesura") + "/other") as shared:
+        with pytest.raises(WrongStore, match=f"has the encoding {encoding}, not UTF8: .* ENCODING 'UTF8'"):
+            await lead(shared)
+
+
+async def test_a_coordinator_whose_clock_is_wrong_does_not_lead(server: PostgresServer) -> None:
+    off = [0.0]
+    _, copy = working_copy()
+    rows = rows_of(server.url, copy, clock=lambda: time.time() + off[0])()
+    for seconds, why in ((60.0, "60 s ahead of that of the database"), (-60.0, "60 s behind that of")):
+        off[0] = seconds
+        with pytest.raises(StoreError, match=why):
+            await asyncio.to_thread(rows.try_lead, "c")
+    off[0] = 0.0
+    assert await asyncio.to_thread(rows.try_lead, "c") is not None
+    rows.close()
 
 
 async def test_a_schema_of_an_older_version_is_migrated_by_the_leader(server: PostgresServer) -> None:

@@ -3,7 +3,7 @@
 One session each. The process whose session has the advisory lock leads; what keeps another from writing is the epoch in the row of
 ``caesura.store``, which every transaction updates first and so holds. Everything here blocks, and is called in a thread.
 
-A leader gives a sign of life in the store's row. If it has given none for the lease, by a standby's own clock, that one has the server end the leader's session: one that is
+A leader gives a sign of life in the store's row, and its lease is there. If it has given none for so long, by a standby's own clock, that one has the server end the leader's session: one that is
 stopped or cut off keeps the lock no longer than that, whatever the network says.
 """
 
@@ -24,6 +24,8 @@ from caesura.runtime.errors import NewerStore, StoreError
 from caesura.runtime.settings import Secret
 from caesura.runtime.shared_rows import Content, Row, TableChanges, TableColumns, WrongStore
 
+_LEAST_CONNECT_S = 2
+"""s: libpq makes two of one second."""
 OLDEST = 14
 """The oldest major version of the server: it has ``idle_session_timeout``."""
 
@@ -36,6 +38,7 @@ _EXISTS = (
 )
 CLOCKS_S = 1.5
 """s: how much a leader's clock may differ from the database's."""
+_HAS_LEASE = "SELECT EXISTS (SELECT FROM pg_catalog.pg_attribute WHERE attrelid = 'caesura.store'::regclass AND attname = 'lease_s')"
 _CHUNK_BYTES = 16 * 1024 * 1024
 """bytes of rows in one statement: the server refuses 1 GB."""
 _CHUNK_ROWS = 2000
@@ -110,7 +113,7 @@ class PostgresOptions(msgspec.Struct, frozen=True, kw_only=True):
             "tcp_keepalives_count": 2,
         }
         made = {
-            "connect_timeout": max(2, round(self.lease_s / 2)),  # libpq takes one second for none
+            "connect_timeout": self._connect_timeout_s(given),
             "tcp_user_timeout": milliseconds,
             "keepalives_idle": max(1, round(self.lease_s / 3)),
             "keepalives_interval": max(1, round(self.lease_s / 3)),
@@ -124,10 +127,21 @@ class PostgresOptions(msgspec.Struct, frozen=True, kw_only=True):
         more = " ".join(f"-c {name}={value}" for name, value in settings.items())
         return {**made, "options": f"{given.get('options', '')} {more}".strip()}
 
+    def _connect_timeout_s(self, given: Mapping[str, Any]) -> int:
+        """For each host, so that all of them are tried within one lease."""
+        hosts = len(_hosts(given))
+        each_s = max(_LEAST_CONNECT_S, int(self.lease_s / (hosts + 1)))
+        if hosts > 1 and hosts * each_s >= self.lease_s:
+            raise WrongStore(
+                f"a lease of {self.lease_s:g} s is too short for the {hosts} hosts in the store's URL: the last one would not be tried if the others are "
+                f"silent. Set CAESURA_COORDINATOR_LEASE_S to more than {hosts * _LEAST_CONNECT_S}, or name fewer"
+            )
+        return each_s
+
     def _tls(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Over a network the server is checked, unless the URL says otherwise."""
         mode = given.get("sslmode")
-        hosts = str(given.get("hostaddr") or given.get("host")).split(",")
+        hosts = _hosts(given)
         if self.ca_file and mode in {"disable", "allow", "prefer"}:
             raise WrongStore(f"a CA file is set but the store's URL says sslmode={mode}: remove one of them")
         if mode is None and not self.ca_file and all(_is_here(each) for each in hosts):
@@ -143,6 +157,10 @@ class PostgresOptions(msgspec.Struct, frozen=True, kw_only=True):
         given = self.parameters()
         where = given.get("host") or given.get("hostaddr")
         return f"postgresql://{where}/{given['dbname']}"
+
+
+def _hosts(given: Mapping[str, Any]) -> list[str]:
+    return str(given.get("hostaddr") or given.get("host")).split(",")
 
 
 def _is_here(host: str) -> bool:
@@ -225,8 +243,10 @@ class PostgresRows:
                 rows[table] = self._table(table, reading)
             # Last: a take-over that fails takes no epoch. Every write of anybody changes the row, so none came between.
             self._step(
-                "UPDATE caesura.store SET epoch = epoch + 1, beat = beat + 1, coordinator = %s, led_since = now() WHERE epoch = %s AND beat = %s",
+                "UPDATE caesura.store SET epoch = epoch + 1, beat = beat + 1, coordinator = %s, lease_s = %s, led_since = now() "
+                "WHERE epoch = %s AND beat = %s",
                 name,
+                self._options.lease_s,
                 epoch,
                 reading.beat,
             )
@@ -275,21 +295,21 @@ class PostgresRows:
         return [name for (name,) in rows]
 
     def _end_silent_leader(self) -> None:
-        """End the session that has the lock, if it gave no sign of life for the lease: the next try gets the lock.
+        """End the session that has the lock, if it gave no sign of life for its own lease: the next try gets the lock.
 
         ``idle_session_timeout`` is not enough: it does not run in the middle of a message, where a process may be stopped.
         """
         now = time.monotonic()
         # A statement of its session is a sign of life, too: what it does in a transaction, as a migration, is not in the row before its end.
         # Of a session of another role the server does not say it.
-        seen = self._one(
+        *seen, lease_s = self._one(
             "SELECT epoch, beat, (SELECT max(state_change) FROM pg_stat_activity JOIN pg_locks USING (pid) WHERE locktype = 'advisory' AND granted "
-            "AND classid = 0 AND objid = %s AND objsubid = 1 AND pg_locks.database = datid) FROM caesura.store",
+            "AND classid = 0 AND objid = %s AND objsubid = 1 AND pg_locks.database = datid), lease_s FROM caesura.store",
             _LOCK,
         )
         if seen != self._seen:
             self._seen, self._seen_at = seen, now
-        elif now - self._seen_at > self._options.lease_s:
+        elif now - self._seen_at > (lease_s or self._options.lease_s):
             self._made.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted AND classid = 0 AND objid = %s "
                 "AND objsubid = 1 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
@@ -373,6 +393,10 @@ class PostgresRows:
     def _create(self, session: psycopg.Connection[Any]) -> None:
         """Create the schema in an empty database, and check whose store it is."""
         if self._one_of(session, _EXISTS)[0]:
+            if not self._one_of(session, _HAS_LEASE)[0]:
+                session.execute(
+                    "ALTER TABLE caesura.store ADD COLUMN IF NOT EXISTS lease_s float8 NOT NULL DEFAULT 0"
+                )
             return
         with session.transaction():
             session.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK_SCHEMA,))
@@ -380,7 +404,8 @@ class PostgresRows:
                 session.execute("CREATE SCHEMA IF NOT EXISTS caesura")
                 session.execute(
                     "CREATE TABLE caesura.store (only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row), fleet text NOT NULL, "
-                    "version integer NOT NULL, epoch bigint NOT NULL, beat bigint NOT NULL DEFAULT 0, coordinator text NOT NULL, led_since timestamptz)"
+                    "version integer NOT NULL, epoch bigint NOT NULL, beat bigint NOT NULL DEFAULT 0, coordinator text NOT NULL, led_since timestamptz, "
+                    "lease_s float8 NOT NULL DEFAULT 0)"
                 )
                 session.execute(
                     "INSERT INTO caesura.store (fleet, version, epoch, coordinator) VALUES (%s, %s, 0, '')",

@@ -575,6 +575,30 @@ async def test_a_leader_that_is_silent_in_the_middle_of_a_query_does_not_keep_th
             stuck.close()
 
 
+async def test_a_standby_goes_by_the_lease_of_the_leader(
+    server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from caesura.runtime import postgresql  # noqa: PLC0415
+
+    now = [1000.0]
+    monkeypatch.setattr(postgresql, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    _, copy = working_copy()
+    leader = rows_of(server.url, copy, name="one", lease_s=30.0)()
+    hasty = rows_of(server.url, copy, name="two", lease_s=5.0)()
+    assert await asyncio.to_thread(leader.try_lead, "one") is not None
+    assert await asyncio.to_thread(hasty.try_lead, "two") is None
+    now[0] += 20.0
+    assert await asyncio.to_thread(hasty.try_lead, "two") is None
+    await asyncio.to_thread(leader.beat)
+    assert await asyncio.to_thread(hasty.try_lead, "two") is None
+    now[0] += 31.0
+    await asyncio.to_thread(hasty.try_lead, "two")
+    with pytest.raises(StoreError):
+        await asyncio.to_thread(leader.beat)
+    hasty.close()
+    leader.close()
+
+
 async def test_a_leader_in_a_long_transaction_is_not_ended_while_it_does_something(
     server: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

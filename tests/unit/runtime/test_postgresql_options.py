@@ -80,6 +80,16 @@ def test_everything_has_a_time_limit_that_follows_from_the_lease() -> None:
     assert made["target_session_attrs"] == "read-write"
 
 
+def test_all_hosts_are_tried_within_one_lease() -> None:
+    for hosts, lease_s in (("a,b", 10.0), ("a,b,c", 10.0), ("a,b,c,d", 10.0), ("a,b", 5.0), ("a,b,c", 60.0)):
+        made = options(f"postgresql://u@{hosts}/d", lease_s=lease_s).parameters()
+        assert made["connect_timeout"] >= 2
+        assert made["connect_timeout"] * len(hosts.split(",")) < lease_s
+    options("postgresql://u@a/d", lease_s=1.0)
+    with pytest.raises(WrongStore, match=r"a lease of 3 s is too short for the 2 hosts .* more than 4"):
+        options("postgresql://u@a,b/d", lease_s=3.0)
+
+
 def test_the_settings_are_checked_before_anything_starts() -> None:
     check_store(CoordinatorSettings(state_dir="/x"))
     check_store(CoordinatorSettings(state_dir="/x", store="postgresql://caesura@db/caesura"))

@@ -89,7 +89,7 @@ class PostgresOptions(msgspec.Struct, frozen=True, kw_only=True):
         ports = str(given.get("port") or "").split(",")
         if not all(each == "" or (each.isascii() and each.isdigit()) for each in ports):
             raise WrongStore(
-                "the store's URL has a port that is no number: write postgresql://user@host:5432/database, without a password"
+                "the store's URL has a port that is not a number: write postgresql://user@host:5432/database, without a password"
             )
         if "@" in str(given.get("dbname") or ""):
             raise WrongStore(
@@ -258,7 +258,7 @@ class PostgresRows:
         before = self._clock()
         (theirs,) = self._one("SELECT extract(epoch FROM clock_timestamp())::float8")
         after = self._clock()
-        # Between the two readings lies the way there and back: what cannot be told from it is not a difference.
+        # Between the two readings lies the way there and back: a smaller difference is not one.
         ahead = max(before - theirs, 0.0) - max(theirs - after, 0.0)
         if abs(ahead) > CLOCKS_S:
             raise StoreError(

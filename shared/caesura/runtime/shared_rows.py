@@ -66,7 +66,7 @@ class SharedRows(Protocol):
     label: str
     """The database, for people; without a password."""
     answers: int
-    """How many answers it has given: who waits for a method that needs many, in another thread, sees that it goes on."""
+    """How many answers it has given: who waits for a method that needs many, in another thread, sees that it continues."""
 
     def open(self) -> int:
         """Connect if there is no session, check server and schema, and create what is missing; returns the epoch.

@@ -31,7 +31,7 @@ def options(url: str, **changes: Any) -> PostgresOptions:
         ("postgresql:///caesura", "names no host"),
         ("postgresql://caesura@db/caesura?nonsense=1", "cannot be read"),
         ("postgresql://caesura:secret%zz@db/caesura", "cannot be read"),
-        ("postgresql://caesura:secret/more@db/caesura", "a port that is no number"),
+        ("postgresql://caesura:secret/more@db/caesura", "a port that is not a number"),
         ("postgresql://caesura:5/secret@db/caesura", "an @ in the name of the database"),
     ],
 )

@@ -193,6 +193,7 @@ class Coordinator:
         self.post.listeners.append(self._fleet_receiver.on_any)
         self.post.on_tombstone(m.HostInventory, self._fleet_receiver.on_host_removed)
         self.post.on_tombstone(m.VmOwner, self._fleet_receiver.on_owner_removed)
+        self.post.on_tombstone(m.RolloutState, self._reconciler.on_rollout_removed)
 
     @property
     def authority(self) -> Authority:
@@ -331,7 +332,7 @@ class Coordinator:
         lease_s, loop = self.shared.lease_s, asyncio.get_running_loop()
         while True:
             await asyncio.sleep(lease_s / 8)
-            if not self.is_leader or await self._status.announce(timeout_s=lease_s / 4):
+            if not self.is_leader or await self._status.answered(timeout_s=lease_s / 4):
                 self._broker_answered_s = loop.time()
             elif loop.time() - self._broker_answered_s > lease_s:
                 raise LeadershipLost(

@@ -11,7 +11,7 @@ with QuietInterrupt():
     from prometheus_client import CollectorRegistry
 
     from caesura.bus.mqtt import MqttBus
-    from caesura.bus.options import check_broker, options_from
+    from caesura.bus.options import check_broker, options_from, parse_addresses
     from caesura.bus.rates import Rates
     from caesura.runtime.command import leaves, run_service
     from caesura.runtime.health import serve_health
@@ -91,6 +91,7 @@ async def _serve(
         fleet=settings.fleet,
         shared=shared,
         ignore_retained=settings.broker_retained == "ignored",
+        bus_label=",".join(map(str, parse_addresses(settings.broker_url))),
     )
     bus.peers = coordinator.known
     registry = CollectorRegistry()

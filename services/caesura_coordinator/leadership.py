@@ -165,6 +165,11 @@ class Leadership:
         silent = asyncio.get_running_loop().time() - arrived_s > _SILENT_S
         return presence.coordinator if presence.online and presence.epoch > stored and not silent else ""
 
+    @property
+    def knows_epochs(self) -> bool:
+        """Whether anything on the bus has an epoch that a coordinator claimed."""
+        return any(self.announced) or any(self._host_epochs())
+
     async def claim_above_equals(self) -> None:
         """Claim again whenever another has the same epoch; until a higher one is claimed.
 

@@ -49,6 +49,11 @@ _FLUSH_S = 3.0
 _log = get_logger("caesura.coordinator")
 
 
+def is_another(bus: str, last: str) -> bool:
+    """Whether two buses, each a list of addresses with commas, have no address in common; one that is not known may be the same."""
+    return bool(bus and last) and not {*bus.split(",")} & {*last.split(",")}
+
+
 def subscriptions() -> list[str]:
     """The topic filters that the coordinator needs."""
     kinds = (
@@ -90,8 +95,10 @@ class Coordinator:
         commits: GroupCommit | None = None,
         shared: SharedStore | None = None,
         ignore_retained: bool = False,
+        bus_label: str = "",
     ) -> None:
         self.bus = bus
+        self._bus_label = bus_label
         self.store = store
         self.post = MessageClient(
             bus, source_of(fleet, "coordinator", instance), on_refused=self._on_refused, wanted=self._wants
@@ -295,6 +302,8 @@ class Coordinator:
         self._dispatcher.dispatch_pending()
         self.requests.answer_pending()
         await self.leadership.announce()
+        if self.shared is not None and self._bus_label:
+            await self.shared.led_on(self._bus_label)
         await self.commits.writable()
         if self.is_leader:
             # The broker may have lost retained messages while this one was disconnected.
@@ -306,6 +315,12 @@ class Coordinator:
         """What keeps a standby from the lead though the store, which has this epoch, does not; empty: nothing."""
         if not self.bus.stats.connected:
             return "the broker"
+        assert self.shared is not None  # noqa: S101 - who asks is the store
+        if is_another(self._bus_label, self.shared.bus) and not self.leadership.knows_epochs:
+            return (
+                f"a sign of this fleet on {self._bus_label}: the store was led on {self.shared.bus}. Set the same broker for all coordinators, "
+                "or, if it was replaced, see 'Another broker' in docs/operate/high-availability.md"
+            )
         rival = self.leadership.rival(epoch)
         return f"the end of coordinator {rival}, which leads this fleet with another store" if rival else ""
 

@@ -200,6 +200,18 @@ class SharedStore:
                 "coordinator.waits" if what else "coordinator.leads", store=self._rows.label, waits_for=what
             )
 
+    @property
+    def bus(self) -> str:
+        """Where the last leader announced itself; empty: not known."""
+        return self._rows.bus
+
+    async def led_on(self, bus: str) -> None:
+        """Note on which bus this leader has announced itself. Raises StoreLost."""
+        try:
+            await self._do(lambda: self._rows.led_on(bus))
+        except StoreError as error:
+            raise self._lost(error) from error
+
     # -- commits -------------------------------------------------------------------------------------------
 
     @property

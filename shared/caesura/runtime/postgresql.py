@@ -38,7 +38,7 @@ _EXISTS = (
 )
 CLOCKS_S = 1.5
 """s: how much a leader's clock may differ from the database's."""
-_HAS_LEASE = "SELECT EXISTS (SELECT FROM pg_catalog.pg_attribute WHERE attrelid = 'caesura.store'::regclass AND attname = 'lease_s')"
+_HAS_BUS = "SELECT EXISTS (SELECT FROM pg_catalog.pg_attribute WHERE attrelid = 'caesura.store'::regclass AND attname = 'bus')"
 _CHUNK_BYTES = 16 * 1024 * 1024
 """bytes of rows in one statement: the server refuses 1 GB."""
 _CHUNK_ROWS = 2000
@@ -204,6 +204,8 @@ class PostgresRows:
         self.label = options.label
         self.answers = 0
         """See ``SharedRows``."""
+        self.bus = ""
+        """See ``SharedRows``."""
         self._options = options
         self._columns = columns
         self._version = version
@@ -344,6 +346,12 @@ class PostgresRows:
             pass
         self.answers += 1
 
+    def led_on(self, bus: str) -> None:
+        """See ``SharedRows.led_on``."""
+        with self._translated("cannot write to"), self._fenced(self._epoch):
+            self._made.execute("UPDATE caesura.store SET bus = %s", (bus,))
+        self.answers += 1
+
     def close(self) -> None:
         """See ``SharedRows.close``."""
         self._epoch = 0
@@ -393,9 +401,10 @@ class PostgresRows:
     def _create(self, session: psycopg.Connection[Any]) -> None:
         """Create the schema in an empty database, and check whose store it is."""
         if self._one_of(session, _EXISTS)[0]:
-            if not self._one_of(session, _HAS_LEASE)[0]:
+            if not self._one_of(session, _HAS_BUS)[0]:
                 session.execute(
-                    "ALTER TABLE caesura.store ADD COLUMN IF NOT EXISTS lease_s float8 NOT NULL DEFAULT 0"
+                    "ALTER TABLE caesura.store ADD COLUMN IF NOT EXISTS lease_s float8 NOT NULL DEFAULT 0, "
+                    "ADD COLUMN IF NOT EXISTS bus text NOT NULL DEFAULT ''"
                 )
             return
         with session.transaction():
@@ -405,7 +414,7 @@ class PostgresRows:
                 session.execute(
                     "CREATE TABLE caesura.store (only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row), fleet text NOT NULL, "
                     "version integer NOT NULL, epoch bigint NOT NULL, beat bigint NOT NULL DEFAULT 0, coordinator text NOT NULL, led_since timestamptz, "
-                    "lease_s float8 NOT NULL DEFAULT 0)"
+                    "lease_s float8 NOT NULL DEFAULT 0, bus text NOT NULL DEFAULT '')"
                 )
                 session.execute(
                     "INSERT INTO caesura.store (fleet, version, epoch, coordinator) VALUES (%s, %s, 0, '')",
@@ -427,7 +436,7 @@ class PostgresRows:
 
     def _read_store(self) -> tuple[int, int]:
         """Version and epoch. Raises NewerStore, WrongStore."""
-        fleet, version, epoch = self._one("SELECT fleet, version, epoch FROM caesura.store")
+        fleet, version, epoch, self.bus = self._one("SELECT fleet, version, epoch, bus FROM caesura.store")
         if fleet != self._options.fleet:
             raise self._wrong(
                 f"is the store of fleet {fleet!r}, and this coordinator is of fleet {self._options.fleet!r}: give each fleet a database of its own"

@@ -68,6 +68,9 @@ class SharedRows(Protocol):
     answers: int
     """How many answers it has given: who waits for a method that needs many, in another thread, sees that it continues."""
 
+    bus: str
+    """Where the last leader announced itself, as of the last ``open``; empty: not known."""
+
     def open(self) -> int:
         """Connect if there is no session, check server and schema, and create what is missing; returns the epoch.
 
@@ -97,6 +100,9 @@ class SharedRows(Protocol):
 
     def beat(self) -> None:
         """Keep the session alive. Raises StoreError."""
+
+    def led_on(self, bus: str) -> None:
+        """Note on which bus this leader has announced itself. Raises StoreError."""
 
     def close(self) -> None:
         """End the session; ``open`` makes another."""

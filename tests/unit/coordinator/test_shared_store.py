@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
+from caesura.bus.memory import MemoryBroker, MemoryBus
 from caesura.runtime import shared_rows
 from caesura.runtime.errors import StoreError
 from caesura.runtime.shared_rows import Content, TableChanges
 from caesura_coordinator import shared_store
+from caesura_coordinator.service import Coordinator, is_another, subscriptions
 from caesura_coordinator.shared_store import SharedStore, hold_off_s, working_copy
 from caesura_coordinator.store import MIGRATIONS
+from caesura_testing.collector import eventually
 from caesura_testing.patience import patient
 
 
@@ -28,17 +32,20 @@ class Rows:
         self.asked: list[str] = []
         self.answers = 0
         self.beats = 0
+        self.bus = ""
+        self.epoch = 0
         self.rows: dict[str, tuple[tuple[str, ...], list[tuple[object, ...]]]] = {}
 
     def open(self) -> int:
-        return 0
+        return self.epoch
 
     def try_lead(self, name: str) -> Content | None:
         self.asked.append(name)
-        return Content(version=len(MIGRATIONS), epoch=1, rows=self.rows)
+        self.epoch += 1
+        return Content(version=len(MIGRATIONS), epoch=self.epoch, rows=self.rows)
 
-    def write(self, epoch: int, changes: Sequence[TableChanges]) -> None:
-        pass
+    def write(self, epoch: int, _: Sequence[TableChanges]) -> None:
+        self.epoch = epoch
 
     def rewrite(self, _: Content) -> None:
         raise AssertionError
@@ -46,6 +53,9 @@ class Rows:
     def beat(self) -> None:
         self.beats += 1
         self.answers += 1
+
+    def led_on(self, bus: str) -> None:
+        self.bus = bus
 
     def close(self) -> None:
         pass
@@ -134,3 +144,35 @@ async def test_a_take_over_in_which_the_database_falls_silent_is_given_up() -> N
         released.set()
         await waiting
     assert shared.leads
+
+
+async def test_a_coordinator_on_another_broker_where_nothing_has_an_epoch_does_not_lead() -> None:
+    """Else it would take the lead at the next restart of the leader, and halt rollouts of which it hears nothing."""
+    rows, here, there = Rows(), MemoryBroker(), MemoryBroker()
+
+    @asynccontextmanager
+    async def coordinator(broker: MemoryBroker, label: str) -> AsyncIterator[Coordinator]:
+        shared = shared_with(rows)
+        bus = MemoryBus(broker, client_id=label, filters=subscriptions(), clean=False)
+        made = Coordinator(bus, shared.store, instance="c", settle_s=0.01, shared=shared, bus_label=label)
+        tasks = [asyncio.ensure_future(start()) for start in made.tasks().values()]
+        try:
+            yield made
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async with coordinator(here, "mqtt://a:1883") as made:
+        await eventually(lambda: made.is_leader and rows.bus == "mqtt://a:1883")
+    async with coordinator(there, "mqtt://b:1883") as made:
+        shared = made.shared
+        assert shared is not None
+        await eventually(lambda: "on mqtt://b:1883: the store was led on mqtt://a:1883" in shared.waits_for)
+        assert not made.is_leader
+    # The same one by another address: what it retains says so.
+    async with coordinator(here, "mqtt://b:1883") as made:
+        await eventually(lambda: made.is_leader)
+    assert is_another("mqtt://a:1,mqtt://b:1", "mqtt://c:1")
+    assert not is_another("mqtt://a:1,mqtt://b:1", "mqtt://b:1,mqtt://c:1")
+    assert not is_another("mqtt://a:1", "")

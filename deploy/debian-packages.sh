@@ -24,16 +24,16 @@ packages() {
 ca-certificates    /etc/ssl/certs/ca-certificates.crt     all
 python3            python3                                all
 python3-pip        +pip                                   all
-git                git                                    unit integration e2e journeys
-openssl            openssl                                unit integration e2e journeys
-tar                tar                                    unit integration e2e journeys
-mosquitto          mosquitto                              unit integration e2e journeys clients kexec
-mosquitto-clients  mosquitto_sub                          integration e2e journeys
-postgresql         /usr/lib/postgresql/                    integration e2e journeys
-nats-server        nats-server                            integration e2e journeys
-rabbitmq-server    /usr/lib/rabbitmq/bin/rabbitmq-server  integration e2e journeys
+git                git                                    unit integration e2e journeys clusters
+openssl            openssl                                unit integration e2e journeys clusters
+tar                tar                                    unit integration e2e journeys clusters
+mosquitto          mosquitto                              unit integration e2e journeys clients kexec clusters nats
+mosquitto-clients  mosquitto_sub                          integration e2e journeys clusters
+postgresql         /usr/lib/postgresql/                    integration clusters
+nats-server        nats-server                            nats
+rabbitmq-server    /usr/lib/rabbitmq/bin/rabbitmq-server  integration clusters
 prometheus         promtool                               unit integration e2e journeys
-curl               curl                                   integration e2e compose journeys clients
+curl               curl                                   integration e2e compose journeys clients clusters
 qemu-system-x86    qemu-system-x86_64                     unit integration e2e journeys kexec
 qemu-utils         qemu-img                               unit integration e2e journeys kexec
 ovmf               /usr/share/OVMF/OVMF_CODE.fd           integration e2e journeys

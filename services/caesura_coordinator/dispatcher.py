@@ -127,7 +127,7 @@ class RolloutDispatcher:
                 self._relay.republish_if_due()
                 self._on_tick(last)
             sets, self._changed_sets = self._changed_sets, set()
-            for rollout in self._repository.active if due else self._repository.holding(sets):
+            for rollout in self._repository.active if due else self._repository.holding_or_waiting(sets):
                 self._step(rollout, Tick())
             if due or self._commands_due:
                 self._commands_due = False

@@ -25,7 +25,6 @@ from caesura.contract.parts import answer_in_parts
 from caesura.contract.reasons import ReasonCode
 from caesura.lifecycle import document as documents
 from caesura.runtime.logs import get_logger
-from caesura_coordinator.active import ActiveRollouts
 from caesura_coordinator.announcements import (
     NO_RECORD,
     event_changed,
@@ -53,6 +52,7 @@ from caesura_coordinator.published_state import rollout_state, with_etags
 from caesura_coordinator.records import FINAL, Rollout, WaveEvent, without_waves
 from caesura_coordinator.retention import Removal, all_waves, excess, how_shown, no_longer_kept
 from caesura_coordinator.rollout import after_restart, decide
+from caesura_coordinator.rollout_queue import ActiveRollouts
 from caesura_coordinator.store import CoordinatorStore
 
 _log = get_logger("caesura.coordinator")
@@ -101,7 +101,7 @@ class RolloutRepository:
         """Rollouts that hold their sets or wait for them, oldest first."""
         return [self.rollouts[name] for name in self._active.active]
 
-    def holding(self, sets: Iterable[str]) -> list[Rollout]:
+    def holding_or_waiting(self, sets: Iterable[str]) -> list[Rollout]:
         """Rollouts that hold one of these sets or wait for one, oldest first."""
         names = {name for each in sets for name in self._active.of_set.get(each, ())}
         return [self.rollouts[name] for name in self._active.active if name in names] if names else []

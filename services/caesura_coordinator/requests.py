@@ -23,15 +23,16 @@ from caesura_coordinator.dispatcher import RolloutDispatcher
 from caesura_coordinator.fleet_lookup import FleetLookup
 from caesura_coordinator.inputs import Abort, Input, Resume, Tick
 from caesura_coordinator.leadership import Leadership
+from caesura_coordinator.not_before import first_not_before
 from caesura_coordinator.outbox_relay import OutboxRelay
 from caesura_coordinator.owners import Owners
 from caesura_coordinator.plan import make_plan, most_targets, nothing_to_do, sets_of
 from caesura_coordinator.published_state import largest_events, largest_states
+from caesura_coordinator.queued_waves import MOST_QUEUED, waits_behind
 from caesura_coordinator.records import Rollout, new_rollout
 from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.request_refusals import RequestRefused, request_expired
 from caesura_coordinator.responses import REASON_CHARACTERS, with_plan
-from caesura_coordinator.rollout_queue import MOST_QUEUED, first_not_before, waits_behind
 
 _REPEAT_PARTS_S = 5.0
 """s: between two sendings of a stored answer with a large plan."""
@@ -234,7 +235,7 @@ class RequestHandler:
 
     def _start(self, client: str, request: m.RolloutRequested | m.FreezeRequested, plan: m.Plan) -> None:
         now = self._now()
-        ahead = self._repository.holding(sets_of(plan))
+        ahead = self._repository.holding_or_waiting(sets_of(plan))
         rollout = new_rollout(
             f"{now:%Y%m%d-%H%M%S}-{new_id()[:4]}",
             plan,

@@ -1,125 +1,83 @@
-"""A rollout that waits for others which hold its sets: announced at once, it starts when they have ended. Pure.
+"""The rollouts that have not ended: which one holds a set, which ones wait for it, and which one a message belongs to. Pure.
 
 The order is that in which the rollouts were accepted, and never changes: a rollout waits for every older one that has not ended and
 shares a set with it. So the oldest rollout of a set holds it, no two can wait for each other, and a coordinator that restarts knows
 the order from its store.
+What a wave of a rollout that waits does is in ``queued_waves``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Hashable
 
-import msgspec
-
-from caesura.contract.messages import Policy
-from caesura.contract.reasons import ReasonCode
-from caesura_coordinator.decision import Decision
-from caesura_coordinator.effects import EventPostponed
 from caesura_coordinator.records import Rollout, Wave
 
-MOST_QUEUED = 8
-"""The most rollouts that wait for one: else those of a script that orders one a day would all run in a row after a halt."""
-_LEAD_MOST_S = 60.0
-"""s: what workloads and agents have between the end of the rollout ahead and NotBefore, to recover and prepare again; less if the notice is less."""
-_CODES: tuple[ReasonCode, ...] = ("queued",)
 
+class ActiveRollouts:
+    """The rollouts that hold their sets or wait for them, the oldest first, with the indexes to find them."""
 
-def first_not_before(policy: Policy, ahead: Iterable[Rollout], now: datetime) -> datetime:
-    """NotBefore of a wave that is announced now: with the whole notice, and after the expected end of those ahead."""
-    notice = now + timedelta(seconds=policy.notice_s)
-    ends = [expected_end(each, now) + _lead(policy) for each in ahead]
-    return whole_second(max([notice, *ends]))
+    def __init__(self) -> None:
+        self.active: dict[str, None] = {}
+        self.of_set: dict[str, dict[str, None]] = {}
+        """Maps a set to its rollouts, the oldest first: that one holds it, the others wait."""
+        self.ahead: dict[str, dict[str, None]] = {}
+        """Maps a rollout to the older ones that share a set with it, the oldest first; without those that wait for none."""
+        self.of_event: dict[str, str] = {}
+        """Maps the id of an event, in lower case, to the rollout."""
+        self.of_operation: dict[str, str] = {}
+        self._seen: dict[str, dict[int, tuple[Hashable, ...]]] = {}
+        """Maps a rollout to its waves and their indexed ids."""
 
+    def put(self, rollout: Rollout) -> None:
+        """Index a new or changed rollout."""
+        if not rollout.active:
+            self.forget(rollout)
+            return
+        seen = self._seen.get(rollout.id)
+        if seen is None:
+            self.active[rollout.id] = None
+            for name in rollout.sets:
+                of_set = self.of_set.setdefault(name, {})
+                if of_set:
+                    self.ahead.setdefault(rollout.id, {}).update(of_set)
+                of_set[rollout.id] = None
+            if rollout.id in self.ahead:
+                older = self.ahead[rollout.id]
+                self.ahead[rollout.id] = {name: None for name in self.active if name in older}
+            self._seen[rollout.id] = {}
+            for wave in rollout.waves:
+                self._put_wave(rollout.id, wave)
+        else:
+            current = rollout.current
+            if current is not None:
+                self._put_wave(rollout.id, current)
 
-def expected_end(rollout: Rollout, now: datetime) -> datetime:
-    """When the rollout is expected to end, by the estimate of its plan. One that is halted is expected to be resumed now."""
-    wave = rollout.current
-    if wave is None:
-        return now
-    policy = rollout.policy
-    each_s = rollout.estimate_s / max(1, len(rollout.waves))
-    after_notice_s = max(0.0, each_s - policy.notice_s)
-    match wave.status:
-        case "scheduled" if wave.not_before is not None:
-            left = max(wave.not_before - now, timedelta()) + timedelta(seconds=after_notice_s)
-        case "soaking" if wave.soak_until is not None:
-            left = max(wave.soak_until - now, timedelta())
-        case "started" | "verifying":
-            left = timedelta(seconds=after_notice_s)
-        case _:
-            left = timedelta(seconds=each_s)
-    return now + left + (len(rollout.waves) - wave.index - 1) * timedelta(seconds=each_s)
+    def forget(self, rollout: Rollout) -> None:
+        """Remove a rollout that has ended."""
+        if rollout.id not in self._seen:
+            return
+        del self._seen[rollout.id], self.active[rollout.id]
+        for name in rollout.sets:
+            of_set = self.of_set.get(name, {})
+            of_set.pop(rollout.id, None)
+            if not of_set:
+                self.of_set.pop(name, None)
+        self.ahead.pop(rollout.id, None)
+        for waiting in list(self.ahead):
+            self.ahead[waiting].pop(rollout.id, None)
+            if not self.ahead[waiting]:
+                del self.ahead[waiting]
+        for index in (self.of_event, self.of_operation):
+            for name in [name for name, holder in index.items() if holder == rollout.id]:
+                del index[name]
 
-
-def whole_second(at: datetime) -> datetime:
-    """Rounded up: NotBefore is published in RFC 1123, and a wave must not start before it."""
-    return at.replace(microsecond=0) + timedelta(seconds=1) if at.microsecond else at
-
-
-def waits_behind(rollout: str) -> str:
-    """The sentence for people."""
-    return f"queued behind rollout {rollout}"
-
-
-def keep_waiting(decision: Decision, wave: Wave) -> None:
-    """Rollouts ahead have not ended: NotBefore moves later when it comes near."""
-    behind = decision.ahead[-1].id
-    if decision.rollout.queued_behind != behind:
-        decision.rollout = msgspec.structs.replace(decision.rollout, queued_behind=behind)
-    why = waits_behind(behind)
-    if (wave.waiting_for, wave.waiting_since) != (why, None):
-        wave = decision.put(
-            msgspec.structs.replace(wave, waiting_since=None, waiting_for=why, waiting_codes=_CODES)
-        )
-    if wave.status == "pending":
-        return
-    elsewhere = _in_other_events(decision.ahead)
-    if any(vm in elsewhere for vm in wave.readiness):
-        # The end of the other event undoes what the agent has prepared: it prepares again then, and answers again.
-        still = {vm: answer for vm, answer in wave.readiness.items() if vm not in elsewhere}
-        wave = decision.put(msgspec.structs.replace(wave, readiness=still))
-    policy = decision.rollout.policy
-    if wave.not_before is not None and decision.now + _lead(policy) > wave.not_before:
-        # At least one lead before it comes near again: workloads see few changes.
-        ends = [expected_end(each, decision.now) for each in decision.ahead]
-        later = max(decision.after(policy.notice_s), *ends) + _lead(policy)
-        postpone(decision, wave, later)
-
-
-def leave_queue(decision: Decision, wave: Wave) -> Wave:
-    """Those ahead have ended and every gate is open: from now on the wave is like any other that is scheduled."""
-    decision.refused = any(not answer.ready for answer in wave.readiness.values())
-    wave = decision.put(
-        msgspec.structs.replace(wave, queued=False, waiting_since=None, waiting_for="", waiting_codes=())
-    )
-    lead = decision.now + _lead(decision.rollout.policy)
-    return postpone(decision, wave, lead) if wave.not_before is None or wave.not_before < lead else wave
-
-
-def postpone(decision: Decision, wave: Wave, not_before: datetime) -> Wave:
-    """Move NotBefore later; it never moves earlier."""
-    later = whole_second(not_before)
-    if wave.not_before is not None and later <= wave.not_before:
-        return wave
-    wave = decision.put(msgspec.structs.replace(wave, not_before=later, answers_by=later))
-    decision.effects.extend(
-        EventPostponed(event=each, not_before=later) for each in wave.events if each.status == "scheduled"
-    )
-    return wave
-
-
-def _in_other_events(ahead: Sequence[Rollout]) -> set[str]:
-    """The VMs in open events of the rollouts ahead."""
-    return {
-        vm
-        for rollout in ahead
-        if rollout.current is not None
-        for event in rollout.current.events
-        if event.status in {"scheduled", "started"}
-        for vm in event.resources
-    }
-
-
-def _lead(policy: Policy) -> timedelta:
-    return timedelta(seconds=min(policy.notice_s, _LEAD_MOST_S))
+    def _put_wave(self, name: str, wave: Wave) -> None:
+        # A wave's events and operations are all created at once, when it is scheduled or started.
+        events = (wave.events[0].event_id, len(wave.events)) if wave.events else ()
+        operations = (wave.operations[0].operation, len(wave.operations)) if wave.operations else ()
+        made = wave.attempt, events, operations
+        if self._seen[name].get(wave.index) == made:
+            return
+        self._seen[name][wave.index] = made
+        self.of_event |= {each.event_id.lower(): name for each in wave.events}
+        self.of_operation |= {each.operation: name for each in (*wave.completed_operations, *wave.operations)}

@@ -14,7 +14,7 @@ from caesura.contract.codec import ContractError, Received
 from caesura.contract.envelope import Message, source_of
 from caesura.contract.topics import channel_of
 from caesura.delivery.publisher import ReliablePublisher
-from caesura.delivery.sqlite import beside
+from caesura.delivery.sqlite_outbox import beside
 from caesura.fleet.state import FleetState
 from caesura.runtime.commits import DurableCommits
 from caesura.runtime.errors import SyncFailed

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
-from caesura.delivery.sqlite import OffLoop, OutboxTable
+from caesura.delivery.sqlite_outbox import OffLoop, OutboxTable
 from caesura.runtime.errors import ConfigError, StoreError
 from caesura.runtime.logs import get_logger
 from caesura.runtime.shared_rows import Content, SharedRows, StoreLost, WorkingCopy, insert, migrated

@@ -21,7 +21,7 @@ from caesura.contract.messages import Epoch, PlannedVm, RequestAnswered, SetDocu
 from caesura.contract.names import Name
 from caesura.contract.topics import TopicError
 from caesura.delivery.message import OutboxMessage, clearing, from_body, is_state, prepare
-from caesura.delivery.sqlite import SCHEMA, OffLoop, OutboxTable, SqliteOutbox
+from caesura.delivery.sqlite_outbox import SCHEMA, OffLoop, OutboxTable, SqliteOutbox
 from caesura.runtime.commits import DurableCommits
 from caesura.runtime.database import Database
 from caesura.runtime.errors import CaesuraError
@@ -98,7 +98,7 @@ class CoordinatorStore:
     def write_as(self, source: str) -> None:
         """Encode messages with this CloudEvents source, including those that an earlier version left unencoded."""
         self._source = source
-        self._take_over()
+        self._upgrade_outbox()
         self.left_over = self.outbox.count()
 
     @contextmanager
@@ -367,7 +367,7 @@ class CoordinatorStore:
                 self.outbox.add([outgoing])
                 self._fresh.append(outgoing)
 
-    def _take_over(self) -> None:
+    def _upgrade_outbox(self) -> None:
         """Encode the messages that an earlier version kept unencoded."""
         rows = self.database.run(
             "SELECT number, event_id, type, parameters, body FROM outbox_1 ORDER BY number"

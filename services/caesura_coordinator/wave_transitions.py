@@ -12,6 +12,8 @@ from caesura.contract.reasons import Reason, codes_of
 from caesura_coordinator.decision import Decision
 from caesura_coordinator.effects import EventScheduled, EventStarted
 from caesura_coordinator.members import members_of
+from caesura_coordinator.not_before import first_not_before
+from caesura_coordinator.queued_waves import keep_waiting, leave_queue
 from caesura_coordinator.records import (
     FINAL,
     HostOperation,
@@ -20,7 +22,6 @@ from caesura_coordinator.records import (
     event_id,
     operation_id,
 )
-from caesura_coordinator.rollout_queue import first_not_before, keep_waiting, leave_queue
 from caesura_coordinator.text import join_reasons
 from caesura_coordinator.verification import host_verified, verify
 from caesura_coordinator.wave_gates import (

@@ -15,7 +15,7 @@ import msgspec
 from caesura.contract.envelope import source_of
 from caesura.contract.messages import Epoch, OperationReported, StartOperation
 from caesura.delivery.message import OutboxMessage, from_body
-from caesura.delivery.sqlite import SCHEMA, OutboxTable
+from caesura.delivery.sqlite_outbox import SCHEMA, OutboxTable
 from caesura.runtime.database import Database
 from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.logs import get_logger
@@ -86,7 +86,7 @@ class Journal:
         self._fleet = "default"
         self.outbox = OutboxTable(self._db)
 
-    def take_over(self, fleet: str) -> None:
+    def upgrade_outbox(self, fleet: str) -> None:
         """Encode the facts that an earlier version kept unencoded."""
         self._fleet = fleet
         rows = self._db.run("SELECT number, letter FROM outbox_1 ORDER BY number")
@@ -300,7 +300,7 @@ class JournalThread:
 
         def opened() -> Journal:
             journal = Journal(path)
-            journal.take_over(fleet)
+            journal.upgrade_outbox(fleet)
             return journal
 
         self._journal = await self._worker.do(opened)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from caesura.bus.port import Bus
 from caesura.delivery.message import OutboxMessage
 from caesura.delivery.publisher import ReliablePublisher
-from caesura.delivery.sqlite import SqliteOutbox
+from caesura.delivery.sqlite_outbox import SqliteOutbox
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation.state import Operation
 

@@ -17,6 +17,7 @@ from caesura_host.hook_files import EXECUTABLE, installed_texts
 from caesura_host.preparation import (
     FSTAB,
     GRUB,
+    HOOKS,
     SETTINGS,
     PreparationFacts,
     Step,
@@ -29,7 +30,7 @@ from caesura_vmcontrol.intent import IntentFile, UnreadableIntent
 from caesura_vmcontrol.mounts import mount_of, mounts_in
 
 DEVICE = "/dev/pmem0"
-_TOOLS = ("kexec", "update-initramfs", "lsinitramfs", "mkfs.ext4", "blkid")
+_TOOLS = ("kexec", "update-initramfs", "lsinitramfs", "dracut", "mkfs.ext4", "blkid")
 _HOOK_NAME = "etc/caesura/hook-version-"
 _COMMAND_S = 600.0
 
@@ -184,7 +185,8 @@ class HostFolder:
             self._run(("update-grub",))
         if any(path.startswith("/etc/systemd/") for path in changed):
             self._systemd(say)
-        if any(path == SETTINGS or path.startswith("/etc/initramfs-tools/") for path in changed) or any(
+        hooked = any(step.path.startswith(HOOKS) for step in found)
+        if (hooked and any(path == SETTINGS or path.startswith(HOOKS) for path in changed)) or any(
             not step.done and step.name == "initramfs" and step.argv for step in found
         ):
             say("update-initramfs -u -k all")
@@ -306,7 +308,7 @@ class HostFolder:
             and self._place("/run/systemd/system").exists()
         ):
             self._run(("systemctl", "daemon-reload"))
-        if any("initramfs" in path for path in removed):
+        if any(path.startswith(HOOKS) for path in removed):
             say("update-initramfs -u -k all")
             self._run(("update-initramfs", "-u", "-k", "all"))
         return left

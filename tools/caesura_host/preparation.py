@@ -17,6 +17,8 @@ from caesura_host.kernel_command_line import parameter
 GRUB = "/etc/default/grub.d/caesura.cfg"
 FSTAB = "/etc/fstab"
 SETTINGS = "/etc/caesura/initramfs.conf"
+HOOKS = "/etc/initramfs-tools/"
+"""Of the hook and its script."""
 _BEGIN = "# begin of caesura host prepare-kexec"
 _END = "# end of caesura host prepare-kexec"
 
@@ -104,9 +106,11 @@ def steps(wanted: WantedPreparation, facts: PreparationFacts, own_files: Mapping
     Args:
         own_files: place to text of what is the same on every host.
     """
-    found = [_packages(facts)]
+    found = [_packages(wanted, facts)]
     settings = settings_text(wanted)
     files = {SETTINGS: settings, **own_files}
+    if without_hook(wanted, facts):
+        files = {path: text for path, text in files.items() if not path.startswith(HOOKS)}
     found += [_file(path, text, facts) for path, text in files.items()]
     if facts.has_grub:
         found.append(_file(GRUB, grub_text(wanted), facts))
@@ -125,19 +129,30 @@ def steps(wanted: WantedPreparation, facts: PreparationFacts, own_files: Mapping
     return found
 
 
-def _packages(facts: PreparationFacts) -> Step:
-    needed = {
-        "kexec": "kexec-tools",
-        "update-initramfs": "initramfs-tools",
-        "lsinitramfs": "initramfs-tools-core",
-        "mkfs.ext4": "e2fsprogs",
-    }
+def without_hook(wanted: WantedPreparation, facts: PreparationFacts) -> bool:
+    """Whether the initramfs is made by dracut, and has nothing to do with the guests: a unit continues them.
+
+    systemd in such an initramfs ends every process before it goes to the root file system, a guest's QEMU among them.
+    """
+    return not wanted.early and "dracut" in facts.tools and "update-initramfs" not in facts.tools
+
+
+def _packages(wanted: WantedPreparation, facts: PreparationFacts) -> Step:
+    needed = {"kexec": "kexec-tools", "mkfs.ext4": "e2fsprogs"}
+    if not without_hook(wanted, facts):
+        needed |= {"update-initramfs": "initramfs-tools", "lsinitramfs": "initramfs-tools-core"}
     missing = sorted({package for tool, package in needed.items() if tool not in facts.tools})
+    remedy = f"apt-get install --no-install-recommends {' '.join(missing)}" if missing else ""
+    if "initramfs-tools" in missing and "dracut" in facts.tools:
+        remedy += (
+            " (it replaces dracut); or keep dracut and let a unit continue the guests: prepare-kexec --late --apply, and"
+            " early = false in [kernel]"
+        )
     return Step(
         name="packages",
         about="programs that load a kernel, make an initramfs and a file system",
         done=not missing,
-        remedy=f"apt-get install --no-install-recommends {' '.join(missing)}" if missing else "",
+        remedy=remedy,
     )
 
 
@@ -218,6 +233,17 @@ def _mount(facts: PreparationFacts) -> Step:
 
 
 def _initramfs(wanted: WantedPreparation, facts: PreparationFacts) -> list[Step]:
+    if without_hook(wanted, facts):
+        return [
+            Step(
+                name="initramfs",
+                about="the initramfs (dracut) needs no hook: caesura-arrive.service continues the guests",
+                done=not wanted.crash_release,
+                remedy="leave --crash-kernel out: only the hook of initramfs-tools loads one"
+                if wanted.crash_release
+                else "",
+            )
+        ]
     stale = sorted(
         release for release, version in facts.initramfs_hooks.items() if version != wanted.hook_version
     )

@@ -141,7 +141,7 @@ class KernelInspector:
             async with asyncio.timeout(_READ_S):
                 return await in_thread("kernel", self._read)
         except (TimeoutError, OSError) as error:
-            why = f"the host's kernel cannot be looked at: {error or 'its files do not answer'}"
+            why = f"the host's kernel cannot be looked at: {str(error) or 'its files do not answer'}"
             raise _NotSeen(why) from error
 
     def _read(self) -> tuple[KernelFacts, tuple[KernelFigure, ...]]:

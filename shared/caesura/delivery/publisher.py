@@ -21,8 +21,8 @@ from typing import Protocol
 from caesura.bus.port import BusUnavailable, PublishRefused, PublishTooLarge
 from caesura.delivery.entries import PendingMessage, RefusedTopic
 from caesura.delivery.message import OutboxMessage
+from caesura.delivery.outbox_store import MemoryOutbox, OutboxStore
 from caesura.delivery.policy import EVERY, NEWEST, DeliveryPolicy
-from caesura.delivery.store import MemoryOutbox, OutboxStore
 from caesura.runtime.errors import StoreError
 from caesura.runtime.logs import get_logger
 from caesura.runtime.sampler import Sampler

@@ -1,4 +1,8 @@
-"""What was shown about a guest's memory: its wording, what counts as proof, what a policy requires. Pure."""
+"""What was shown about a guest's memory: its wording, what counts as proof, what a policy requires. Pure.
+
+Memory itself is compared on its host: digests in ``operation/machine.py`` and the drivers' ``memory_comparison``, the canary in
+``clocks/verdict.py``.
+"""
 
 from __future__ import annotations
 

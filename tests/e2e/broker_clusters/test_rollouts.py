@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -45,11 +44,9 @@ _USERS = (
 _RETAINED: dict[str, Literal["trusted", "ignored"]] = {"nats": "trusted", "rabbitmq": "ignored"}
 
 
-@pytest.fixture(scope="module", params=["nats", "rabbitmq"])
+@pytest.fixture(scope="module", params=[pytest.param("nats", marks=pytest.mark.nats), "rabbitmq"])
 def engine(request: pytest.FixtureRequest) -> str:
     name: str = request.param
-    if name == "nats" and not os.environ.get("CAESURA_TEST_NATS_ROLLOUTS"):
-        pytest.skip("experimental: on a busy machine NATS 2.9 refuses subscriptions while a node is down")
     if not (nats_server() if name == "nats" else rabbitmq_server()):
         pytest.skip(f"{name} is not installed")
     return name

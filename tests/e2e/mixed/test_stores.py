@@ -120,7 +120,7 @@ def test_a_coordinators_store_is_taken_up(written_by: Callable[[str], str]) -> N
 
 def test_a_hosts_journal_is_taken_up(written_by: Callable[[str], str]) -> None:
     journal = Journal(written_by(_HOST))
-    journal.take_over("default")
+    journal.upgrade_outbox("default")
     assert journal.authority() == EpochAuthority(7, "c-7")
     entry = journal.find("op-1")
     assert entry is not None

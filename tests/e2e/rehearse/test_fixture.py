@@ -18,6 +18,7 @@ import pytest
 
 from caesura.runtime.processes import is_frozen
 from caesura_rehearse import Rehearsal, RehearsalAssertion, RehearsalError
+from caesura_testing.fleet import until
 from caesura_testing.patience import patient
 from caesura_testing.rehearsing import CLIENT
 
@@ -61,6 +62,7 @@ def test_a_program_that_does_not_react(caesura: Rehearsal, client: list[str], tm
 
 def test_cancelled_rebooted_and_ended(caesura: Rehearsal, client: list[str], tmp_path: Path) -> None:
     program = caesura.run([*client, "ignore", tmp_path], env={"OWN": "1"})
+    until((tmp_path / "pid").exists, 60, lambda: "the program to be ready for SIGTERM")
     caesura.freeze(notice="60s").cancel()
     assert caesura.events[-1].record["outcome"] == "cancelled"
     caesura.reboot(notice=0, checks_s=0).wait_ended()

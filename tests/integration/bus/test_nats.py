@@ -22,7 +22,7 @@ from caesura_testing.collector import PATIENCE_S, Collector, eventually, running
 from caesura_testing.nats_cluster import NatsCluster, nats_server
 from caesura_testing.proxy import TcpProxy
 
-pytestmark = pytest.mark.skipif(not nats_server(), reason="nats-server is not installed")
+pytestmark = [pytest.mark.nats, pytest.mark.skipif(not nats_server(), reason="nats-server is not installed")]
 
 _MISSING = {BrokerCapabilities.SAY_REFUSED: "MQTT 3.1.1 has no answer for a refused publish"}
 _SUITE = (

@@ -178,6 +178,8 @@ async def test_each_user_writes_its_topics_of_the_table_and_no_others(tmp_path: 
             async with running(bus):
                 for channel in CHANNELS:
                     values: Mapping[str, str] = {name: _VALUES.get(name, "1") for name in channel.parameters}
+                    if channel.writer == "exporter":
+                        values = {**values, "instance": "exporter"}
                     topic = channel.topic(**values)
                     for each in (topic, f"{topic}/more", topic.rpartition("/")[0] + "/invented"):
                         place = match_topic(

@@ -31,6 +31,7 @@ _WORKERS = f"-n {min(CORES, 8)} --dist loadfile"
 
 
 _JOURNEYS = ("demo", "docs", "page", "qemu")
+_CLUSTERS = ("broker_clusters", "high_availability")
 
 
 class Lane(NamedTuple):
@@ -76,16 +77,20 @@ LANES = {
         "pytest -q tests/e2e "
         + " ".join(
             f"--ignore tests/e2e/{name}"
-            for name in (*_JOURNEYS, "clients", "compose", "containers", "kexec", "soak")
+            for name in (*_JOURNEYS, *_CLUSTERS, "clients", "compose", "containers", "kexec", "soak")
         ),
     ),
     "journeys": Lane(
         f"tests/e2e/{{{','.join(_JOURNEYS)}}}: what people see and type, and QEMU guests",
         "pytest -q " + " ".join(f"tests/e2e/{name}" for name in _JOURNEYS),
     ),
+    "clusters": Lane(
+        f"tests/e2e/{{{','.join(_CLUSTERS)}}}: coordinators that share PostgreSQL, brokers of three nodes",
+        "pytest -q -m 'not nats' " + " ".join(f"tests/e2e/{name}" for name in _CLUSTERS),
+    ),
     "integration": Lane(
         "tests/integration: real Mosquitto, embedded broker, frozen processes, HTTP, promtool",
-        "pytest -q tests/integration",
+        "pytest -q -m 'not nats' tests/integration",
     ),
     "compose": Lane(
         "tests/e2e/{containers,compose}: containers as VMs; docker compose up; engines of their own, stand-in images (root; minutes)",
@@ -124,8 +129,9 @@ LANES = {
         """
         why=$(python -m caesura_nested_host.image --missing) || { echo "SKIPPED: $why"; exit 77; }
         python -m caesura_nested_host.image
-        pytest -q -rP -n 2 --dist loadfile tests/e2e/kexec
+        pytest -q -s tests/e2e/kexec
         """,
+        named=True,
         alone=True,
     ),
     "asyncapi": Lane(
@@ -152,6 +158,12 @@ LANES = {
         VIRTUAL_ENV=$PWD/.lanes/wheel/author "$UV" pip install --quiet -r .lanes/wheel/author.txt .lanes/wheel/dist/*.whl
         tests/architecture/author.sh "$PWD/.lanes/wheel/author"
         """,
+    ),
+    "nats": Lane(
+        "NATS JetStream as the broker, experimental: the bus conformance suite, access rules, rollouts with nodes killed; on an idle "
+        "machine (minutes)",
+        "pytest -q -m nats tests/integration/bus/test_nats.py tests/e2e/broker_clusters",
+        named=True,
     ),
     "soak": Lane(
         "random kills, and one fault inside each pause, each for a minute and longer; CAESURA_SOAK_S=300 for five; the seeds are "

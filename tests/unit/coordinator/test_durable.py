@@ -25,7 +25,7 @@ from caesura.contract import messages as m
 from caesura.contract.codec import Received, decode
 from caesura.contract.envelope import Message
 from caesura.contract.topics import channel_of
-from caesura.delivery.sqlite import SqliteOutbox
+from caesura.delivery.sqlite_outbox import SqliteOutbox
 from caesura.runtime.errors import SyncFailed
 from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.serve import serve

@@ -18,11 +18,11 @@ from caesura_coordinator.authority import Authority
 from caesura_coordinator.commands import due_operations
 from caesura_coordinator.fleet_lookup import FleetLookup
 from caesura_coordinator.inputs import Abort, Approve, Resume, Tick
+from caesura_coordinator.not_before import expected_end, first_not_before, whole_second
 from caesura_coordinator.plan import make_plan, sets_of
 from caesura_coordinator.published_state import rollout_state, wave_state
 from caesura_coordinator.records import Rollout, Wave, WaveEvent, new_rollout
 from caesura_coordinator.repository import RolloutRepository
-from caesura_coordinator.rollout_queue import expected_end, first_not_before, whole_second
 from caesura_coordinator.store import CoordinatorStore
 from caesura_testing.refold import refold
 
@@ -48,7 +48,7 @@ class Desk:
             self.fleet, update="", selection=m.Selection(sets=sets or ("web",)), policy=policy, hold_s=2.0
         )
         assert not plan.refusals
-        ahead = self.repository.holding(sets_of(plan))
+        ahead = self.repository.holding_or_waiting(sets_of(plan))
         rollout = new_rollout(
             name,
             plan,

@@ -262,7 +262,7 @@ class Fleetwide(RuleBasedStateMachine):
             policy=policy,
             hold_s=2.0 if hold else 0.0,
         )
-        ahead = self.repository.holding(sets_of(plan))
+        ahead = self.repository.holding_or_waiting(sets_of(plan))
         if plan.refusals or (ahead and not queue):
             return False
         self.asked += 1

@@ -25,16 +25,16 @@ from caesura.contract.envelope import Message
 from caesura.contract.parts import inventory_in_parts
 from caesura.contract.reasons import Reason
 from caesura.contract.topics import channel_of
-from caesura.delivery.sqlite import OutboxTable
+from caesura.delivery.sqlite_outbox import OutboxTable
 from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.lock import InUse, StateFolderUnusable, exclusive_lock
 from caesura_coordinator import requests
 from caesura_coordinator.forget_epoch import forget_epoch
 from caesura_coordinator.leadership import LeadershipLost, NoEpochLeft, presence
+from caesura_coordinator.queued_waves import MOST_QUEUED
 from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.responses import with_plan
 from caesura_coordinator.retention import Removal
-from caesura_coordinator.rollout_queue import MOST_QUEUED
 from caesura_coordinator.service import Coordinator, subscriptions
 from caesura_coordinator.store import CoordinatorStore
 from caesura_coordinator.wave_gates import fence_blockers, health_blockers

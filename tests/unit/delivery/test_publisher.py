@@ -13,9 +13,9 @@ from structlog.testing import capture_logs
 
 from caesura.bus.port import BusUnavailable, PublishRefused, PublishTooLarge
 from caesura.delivery.message import OutboxMessage
+from caesura.delivery.outbox_store import MemoryOutbox
 from caesura.delivery.policy import NEWEST, DeliveryPolicy
 from caesura.delivery.publisher import IN_FLIGHT, ReliablePublisher
-from caesura.delivery.store import MemoryOutbox
 from caesura.runtime.errors import StoreError
 
 pytestmark = pytest.mark.looptime

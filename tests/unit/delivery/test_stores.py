@@ -12,8 +12,8 @@ from structlog.testing import capture_logs
 
 from caesura.contract.messages import AgentPresence, HookFinished
 from caesura.delivery.message import OutboxMessage, clearing, prepare
-from caesura.delivery.sqlite import SCHEMA, OutboxTable, SqliteOutbox, beside
-from caesura.delivery.store import MemoryOutbox, OutboxStore
+from caesura.delivery.outbox_store import MemoryOutbox, OutboxStore
+from caesura.delivery.sqlite_outbox import SCHEMA, OutboxTable, SqliteOutbox, beside
 from caesura.runtime.database import Database
 from caesura.runtime.errors import StoreError
 from caesura_host_updater.journal import JournalThread

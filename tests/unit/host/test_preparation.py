@@ -47,6 +47,7 @@ class _Host:
         self.root = root
         self.ran: list[str] = []
         self.uuid = ""
+        self.tools = _TOOLS
         for path, text in {
             "proc/cmdline": f"{_LINE}\n",
             "proc/mounts": "/dev/vda / ext4 rw 0 0\n",
@@ -98,7 +99,7 @@ class _Host:
 
     def steps(self, wanted: WantedPreparation) -> list[Step]:
         facts = self.folder.facts(wanted.carve_out)
-        return steps(wanted, msgspec.structs.replace(facts, tools=_TOOLS), installed_texts())
+        return steps(wanted, msgspec.structs.replace(facts, tools=self.tools), installed_texts())
 
     def apply(self, wanted: WantedPreparation) -> list[str]:
         """Apply, with the host's programs all there; the names of what is missing afterwards."""
@@ -149,6 +150,42 @@ def test_undo_leaves_what_somebody_else_wrote(host: _Host) -> None:
     assert host.text("etc/fstab") == f"{_FSTAB}tmpfs /tmp tmpfs defaults 0 0\n"
     new = host.tree().keys() - before.keys()
     assert new == {hook}
+
+
+def test_a_host_with_dracut_is_prepared_for_an_arrival_by_the_unit(host: _Host) -> None:
+    """systemd in its initramfs would end the guests' QEMU with the initramfs."""
+    host.tools = frozenset(("kexec", "dracut", "mkfs.ext4", "blkid"))
+    early = next(step for step in host.steps(_wanted()) if step.name == "packages")
+    assert not early.done
+    assert "prepare-kexec --late --apply, and early = false" in early.remedy
+    before = host.tree().keys()
+    wanted = _wanted(early=False)
+    host.boot("memmap=4G!8G panic=5")
+    assert host.apply(wanted) == []
+    assert not [each for each in host.ran if each.startswith("update-initramfs")]
+    assert not [path for path in host.tree() if "initramfs-tools" in path]
+    crash = next(
+        step for step in host.steps(_wanted(early=False, crash_release="6.1")) if step.name == "initramfs"
+    )
+    assert "leave --crash-kernel out" in crash.remedy
+    assert host.folder.undo(host.steps(wanted), lambda _: None) == []
+    assert not [each for each in host.ran if each.startswith("update-initramfs")]
+    assert host.tree().keys() - before == {"dev/pmem0"}
+
+
+def test_a_kernel_with_an_initramfs_of_dracut_is_loaded_where_the_unit_continues_the_guests(
+    host: _Host,
+) -> None:
+    host.boot("memmap=4G!8G panic=5")
+
+    def run(argv: Sequence[str]) -> str:
+        if argv[0] == "lsinitramfs":
+            raise HostError("lsinitramfs is not installed")
+        return host.run(argv)
+
+    with pytest.raises(HostError, match="lsinitramfs"):
+        load_kernel("6.1.0-1-amd64", root=host.root, run=run)
+    assert load_kernel("6.1.0-1-amd64", expect_hook=False, root=host.root, run=run).hook_version == ""
 
 
 @pytest.mark.parametrize("what", ["a change of the kernel", "garbled", "memory"])

@@ -11,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from caesura.contract.messages import StartOperation
-from caesura.delivery.sqlite import OutboxTable
+from caesura.delivery.sqlite_outbox import OutboxTable
 from caesura_host_updater.drivers.port import DriverError, NotRunningYet
 from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.inventory.vm_spec import VmSpec

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from caesura.contract.messages import StartOperation
-from caesura.delivery.sqlite import OutboxTable
+from caesura.delivery.sqlite_outbox import OutboxTable
 from caesura.runtime.errors import StoreError
 from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.journal import Journal, JournalThread

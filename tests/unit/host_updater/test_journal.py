@@ -27,7 +27,7 @@ from caesura.contract.messages import (
     VmFrozen,
 )
 from caesura.delivery.message import OutboxMessage
-from caesura.delivery.sqlite import OutboxTable
+from caesura.delivery.sqlite_outbox import OutboxTable
 from caesura.runtime.errors import StoreError
 from caesura.runtime.lock import InUse, StateFolderUnusable
 from caesura_host_updater import journal as module

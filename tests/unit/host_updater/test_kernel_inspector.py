@@ -296,6 +296,14 @@ async def test_a_host_whose_files_cannot_be_read_is_not_ready(
     assert "cannot be looked at" in one.record.problems[0]
 
 
+async def test_a_kernel_that_does_not_answer_is_named(
+    readiness: Callable[..., KernelInspector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A time limit has no words of its own."""
+    monkeypatch.setattr("caesura_host_updater.kernel.inspector._READ_S", 0.0)
+    assert "its files do not answer" in await readiness().error(NEW, 30.0)
+
+
 async def test_without_the_operators_word_nothing_is_said_or_started(tmp_path: Path) -> None:
     one = KernelInspector(
         KernelOptions(), tmp_path, guard_pid=lambda: 7, broker_hosts=[""], changed=lambda: None

@@ -12,7 +12,7 @@ import pytest
 
 from caesura.contract.messages import StartOperation
 from caesura.delivery.message import OutboxMessage, prepare
-from caesura.delivery.sqlite import OutboxTable
+from caesura.delivery.sqlite_outbox import OutboxTable
 from caesura_host_updater.clocks.verdict import ClockCheck
 from caesura_host_updater.command_admission import Underway
 from caesura_host_updater.journal import JournalThread

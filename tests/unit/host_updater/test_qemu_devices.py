@@ -7,8 +7,8 @@ import shlex
 import pytest
 
 from caesura_host_updater.drivers.qemu.arguments import repeated
+from caesura_host_updater.drivers.qemu.character_devices import line_texts, stated_lines
 from caesura_host_updater.drivers.qemu.devices import device_settings
-from caesura_host_updater.drivers.qemu.lines import line_texts, stated_lines
 from caesura_host_updater.drivers.qemu.networks import (
     Network,
     network_names,

@@ -147,7 +147,7 @@ class LibvirtDriver:
         self._looking = asyncio.create_task(self._look(), name="look at domains")
 
     async def changed(self) -> None:
-        """Wait until a domain came, went, ended, was started, or got another label."""
+        """Wait until a domain came, went, ended, was started, was paused or resumed, or got another label."""
         await self._change.wait()
         self._change.clear()
 
@@ -167,9 +167,11 @@ class LibvirtDriver:
                 async with asyncio.timeout(_LOOK_S):
                     await self._event.wait()
             await asyncio.sleep(_SETTLE_S)
+            told = self._event.is_set()
             self._event.clear()
             await self._domains.take()
-            if await self._restarter.start_ended(self._held):
+            # Not every event changes what the view holds: that a domain is paused is read when it is published.
+            if await self._restarter.start_ended(self._held) or told:
                 self._change.set()
             await self._late.undo()
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from caesura_host_updater.drivers.process.elsewhere import hands_over
+from caesura_host_updater.drivers.process.daemon_clients import hands_over
 from caesura_host_updater.inventory.vm_spec import VmSpec
 from caesura_vmcontrol.freezer_control import FreezerChoice
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from caesura_host_updater.drivers.qemu.lines import line_differences, stated_lines
+from caesura_host_updater.drivers.qemu.character_devices import line_differences, stated_lines
 from caesura_host_updater.drivers.qemu.networks import stated_networks
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 

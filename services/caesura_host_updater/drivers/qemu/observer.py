@@ -10,8 +10,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp, QmpCommandRefused
+from caesura_host_updater.drivers.qemu.character_devices import line_texts
 from caesura_host_updater.drivers.qemu.devices import Settings, device_settings
-from caesura_host_updater.drivers.qemu.lines import line_texts
 from caesura_host_updater.drivers.qemu.networks import network_names, read_networks
 from caesura_host_updater.drivers.qemu.snapshot import (
     VmSnapshot,

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from caesura_host_updater.drivers.process.daemon_clients import hands_over
 from caesura_host_updater.drivers.process.definition import ProcessVm
-from caesura_host_updater.drivers.process.elsewhere import hands_over
 from caesura_host_updater.inventory.host_config import HostFileError, parse_host_file
 
 HOST = """

@@ -1,6 +1,6 @@
 """Where messages wait so that they outlive the process: the port, and the store that keeps them in memory.
 
-The SQLite store is in ``caesura.delivery.sqlite``; one suite (``tests/unit/delivery``) checks both against what is
+The SQLite store is in ``caesura.delivery.sqlite_outbox``; one suite (``tests/unit/delivery``) checks both against what is
 written here. A message is *added* by its owner, in the transaction that makes it true; ``ReliablePublisher`` only reads
 at start and removes what the broker has.
 """

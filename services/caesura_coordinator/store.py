@@ -276,6 +276,11 @@ class CoordinatorStore:
                     self.database.run(f"DELETE FROM {table} WHERE rollout = ?", name)  # noqa: S608 - our own three
                 self.database.run("DELETE FROM rollout WHERE id = ?", name)
 
+    def forget_parts(self, rollout: str) -> None:
+        """Drop what is stored of each VM and host in the waves of a rollout that has ended."""
+        with self.transaction():
+            self.database.run("DELETE FROM wave_part WHERE rollout = ?", rollout)
+
     def documents(self) -> dict[str, SetDocument]:
         """The document of every set that ever had an event."""
         rows = self.database.run("SELECT set_name, body FROM document")

@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 import msgspec
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from caesura.bus.local_broker import LocalBroker
 from caesura.contract import messages as m
@@ -25,6 +24,7 @@ from caesura_ctl.settings import CtlSettings
 from caesura_demo.checks import Check
 from caesura_demo.image import build_host_image
 from caesura_demo.layout import Broker, Layout, service_environments
+from caesura_demo.results import verdict_table
 from caesura_demo.run import BROKERS, NotReady, Options
 from caesura_demo.service_processes import Processes
 from caesura_demo.sweeper import start_sweeper
@@ -266,11 +266,7 @@ class KernelDemo:
         for name, seconds in parts.items():
             table.add_row(name, f"{seconds:.1f} s", f"{seconds / longest.silence_s:.0%}")
         self.console.print(table)
-        verdict = Table.grid(padding=(0, 2))
-        for check in checks:
-            mark = Text("held", style="green") if check.held else Text("BROKEN", style="bold red")
-            verdict.add_row(mark, check.rule, Text(check.detail, style="dim"))
-        self.console.print(verdict)
+        self.console.print(verdict_table(checks))
 
 
 class _Phases:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from rich.table import Table
+from rich.text import Text
 
 from caesura.contract.parts import WholeRollout
 from caesura_ctl.session import Session
@@ -33,6 +35,15 @@ def document_of(session: Session, results: Sequence[RolloutResult], urls: dict[s
         )
     held = all(check.held for result in results for check in result.checks)
     return {"held": held, **rollouts[-1], "rollouts": rollouts, "urls": urls}
+
+
+def verdict_table(checks: Sequence[Check]) -> Table:
+    """The rules and whether each held, for people."""
+    verdict = Table.grid(padding=(0, 2))
+    for check in checks:
+        mark = Text("held", style="green") if check.held else Text("BROKEN", style="bold red")
+        verdict.add_row(mark, check.rule, Text(check.detail, style="dim"))
+    return verdict
 
 
 def read_workloads(folder: Path, layout: Layout) -> dict[str, WorkloadStatus]:

@@ -50,7 +50,7 @@ from caesura_demo.layout import (
     standard_layout,
     update_file,
 )
-from caesura_demo.results import RolloutResult, document_of, read_patched, read_workloads
+from caesura_demo.results import RolloutResult, document_of, read_patched, read_workloads, verdict_table
 from caesura_demo.service_processes import Processes
 from caesura_demo.sweeper import Sweeper, start_sweeper
 from caesura_demo.workspace import FIRST_PORT, CleanUp, free_ports, ram_folder, run_folder
@@ -476,11 +476,7 @@ class Demo:
                 self.console.print(f"\n{result.rollout.update}", style="bold")
             pauses = session.fleet_view.pauses_of(result.rollout.rollout)
             self.console.print(pauses_view(pauses, session.fleet_view.clocks))
-            verdict = Table.grid(padding=(0, 2))
-            for check in result.checks:
-                mark = Text("held", style="green") if check.held else Text("BROKEN", style="bold red")
-                verdict.add_row(mark, check.rule, Text(check.detail, style="dim"))
-            self.console.print(verdict)
+            self.console.print(verdict_table(result.checks))
         if not self.options.keep:
             self.console.print(
                 f"\nWith --keep the fleet stays, to look around: {', '.join(urls)}.", soft_wrap=True

@@ -36,10 +36,9 @@ _BOOT = (
 _TRANSLATED_MIB = 64
 """MiB of translated code that the emulator keeps. By default it is 1 GiB, and then the next kernel is several times slower: whatever it writes to a
 page in which the former one had code, the emulator first has to find and drop what was translated of it."""
-
-
-# One thread for both processors: QEMU 7.2 may translate code on one of them while the other patches it, and a kernel that
-# patches itself (static keys) then takes the same breakpoint without end. Seen twice in some twenty boots.
+_THREADS = "single"
+"""Of the emulator, for both processors: with several, QEMU 7.2 may translate code on one of them while the other patches it, and a kernel
+that patches itself (static keys) then takes the same breakpoint without end. Seen twice in some twenty boots."""
 
 
 class HostEnded(CaesuraError):
@@ -125,7 +124,7 @@ class NestedHost:
                 "-cpu",
                 "max",
                 "-accel",
-                f"tcg,thread=single,tb-size={_TRANSLATED_MIB}",
+                f"tcg,thread={_THREADS},tb-size={_TRANSLATED_MIB}",
                 "-smp",
                 "2",
                 "-m",

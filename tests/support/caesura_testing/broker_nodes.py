@@ -1,4 +1,4 @@
-"""One node of a broker cluster as a process that lives no longer than the test: started, killed, stopped, restarted."""
+"""Broker clusters whose nodes are processes that live no longer than the test: started, killed, stopped, restarted."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from caesura_testing.patience import patient
 
@@ -101,3 +104,40 @@ class BrokerNode:
                 os.killpg(self._process.pid, number)
             else:
                 self._process.send_signal(number)
+
+
+class BrokerCluster(ABC):
+    """Brokers that share their messages; enter it with ``async with``."""
+
+    nodes: list[BrokerNode]
+
+    @property
+    def url(self) -> str:
+        """All nodes, as a setting for clients."""
+        return ",".join(each.url for each in self.nodes)
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Start the nodes that do not run, and wait until each serves."""
+
+    async def kill(self) -> None:
+        """SIGKILL to all nodes."""
+        for node in self.nodes:
+            await node.kill()
+
+    async def close(self) -> None:
+        """End everything that was started."""
+        await self.kill()

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
-from typing import Literal, Protocol
+from typing import Literal
 
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
@@ -14,28 +14,12 @@ from caesura.bus.port import Bus, Will
 from caesura.conformance.bus_harness import BrokerCapabilities, BusHarness
 from caesura.runtime.identity import new_id
 from caesura.runtime.settings import Secret
-from caesura_testing.broker_nodes import BrokerNode
+from caesura_testing.broker_nodes import BrokerCluster
 from caesura_testing.collector import Collector, running
 from caesura_testing.proxy import TcpProxy
 
 _RETAINED_S = 0.5
 USER, PASSWORD = "suite", "correct horse"
-
-
-class Cluster(Protocol):
-    """Brokers that share their messages."""
-
-    nodes: list[BrokerNode]
-
-    @property
-    def url(self) -> str:
-        """All nodes, as a setting for clients."""
-
-    async def start(self) -> None:
-        """Start the nodes that do not run, and wait until each serves."""
-
-    async def kill(self) -> None:
-        """SIGKILL to all nodes."""
 
 
 class ClusterHarness(BusHarness):
@@ -47,7 +31,7 @@ class ClusterHarness(BusHarness):
 
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: BrokerCluster,
         stack: AsyncExitStack,
         *,
         missing: Mapping[BrokerCapabilities, str],
@@ -112,7 +96,7 @@ class ClusterHarness(BusHarness):
 
 @contextlib.asynccontextmanager
 async def harness_over(
-    cluster: Cluster,
+    cluster: BrokerCluster,
     *,
     missing: Mapping[BrokerCapabilities, str],
     protocol: Literal["auto", "3.1.1"] = "3.1.1",

@@ -6,14 +6,12 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from caesura.bus.local_broker import free_port
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.runtime.settings import Secret
-from caesura_testing.broker_nodes import BrokerNode
+from caesura_testing.broker_nodes import BrokerCluster, BrokerNode
 from caesura_testing.collector import Collector, eventually, running
 from caesura_testing.patience import patient
 
@@ -32,7 +30,7 @@ def nats_server() -> str:
     return shutil.which("nats-server") or shutil.which("nats-server", path="/usr/sbin:/usr/local/sbin") or ""
 
 
-class NatsCluster:
+class NatsCluster(BrokerCluster):
     """Three nodes; enter it with ``async with``.
 
     Args:
@@ -73,24 +71,6 @@ class NatsCluster:
             )
             self.nodes.append(BrokerNode(f"nats-{number}", [nats_server(), "-c", str(config)], folder, port))
 
-    @property
-    def url(self) -> str:
-        """All nodes, as a setting for clients."""
-        return ",".join(each.url for each in self.nodes)
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self.start()
-        except BaseException:
-            await self.kill()
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.kill()
-
     async def start(self) -> None:
         """Start the nodes that do not run, and wait until each serves."""
         started = [node for node in self.nodes if not node.runs]
@@ -98,15 +78,6 @@ class NatsCluster:
             node.start()
         for node in started:
             await self.serves(node)
-
-    async def kill(self) -> None:
-        """SIGKILL to all nodes."""
-        for node in self.nodes:
-            await node.kill()
-
-    async def close(self) -> None:
-        """End everything that was started."""
-        await self.kill()
 
     async def serves(self, node: BrokerNode) -> None:
         """Wait until a client of this node gets what it retained: MQTT works only once there is a leader.

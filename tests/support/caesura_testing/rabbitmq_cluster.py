@@ -8,14 +8,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from caesura.bus.local_broker import free_port
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.runtime.settings import Secret
-from caesura_testing.broker_nodes import BrokerNode
+from caesura_testing.broker_nodes import BrokerCluster, BrokerNode
 from caesura_testing.collector import Collector, running
 from caesura_testing.patience import patient
 
@@ -31,7 +30,7 @@ def rabbitmq_server() -> str:
     return str(found[-1]) if found else ""
 
 
-class RabbitmqCluster:
+class RabbitmqCluster(BrokerCluster):
     """Three nodes; enter it with ``async with``.
 
     Args:
@@ -88,24 +87,6 @@ class RabbitmqCluster:
                 BrokerNode(f"rabbitmq-{number}", [rabbitmq_server()], folder, port, environ, group=True)
             )
 
-    @property
-    def url(self) -> str:
-        """All nodes, as a setting for clients."""
-        return ",".join(each.url for each in self.nodes)
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self.start()
-        except BaseException:
-            await self.close()
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
     async def start(self) -> None:
         """Start the nodes that do not run, and wait until each serves."""
         if not self._epmd.runs:
@@ -121,14 +102,9 @@ class RabbitmqCluster:
         for node in started:
             await self.serves(node)
 
-    async def kill(self) -> None:
-        """SIGKILL to all nodes."""
-        for node in self.nodes:
-            await node.kill()
-
     async def close(self) -> None:
         """End everything that was started."""
-        await self.kill()
+        await super().close()
         await self._epmd.kill()
 
     async def serves(self, node: BrokerNode) -> None:

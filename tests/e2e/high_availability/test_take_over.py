@@ -121,7 +121,7 @@ async def test_a_rollout_waits_for_its_store_and_says_so(duo: Callable[..., Any]
 
 
 async def test_a_promoted_replica_has_everything(duo: Callable[..., Any]) -> None:
-    pair = await duo()
+    pair = await duo(lease_s="6")  # two servers need more than two seconds each
     replica = await pair.server.replica()
     try:
         hosts = f"127.0.0.1:{pair.server.port},127.0.0.1:{replica.port}"

@@ -563,7 +563,7 @@ async def test_a_leader_that_is_silent_in_the_middle_of_a_query_does_not_keep_th
 ) -> None:
     """There the server waits without a time limit: a session with the lock, stopped between the messages of one query."""
     async with coordinator_of(server.url, name="two", lease_s=2.0) as second:
-        async with coordinator_of(server.url, name="zero") as first:
+        async with coordinator_of(server.url, name="zero", lease_s=2.0) as first:
             await lead(first)
         stuck = psycopg.connect(server.url, autocommit=True, options="-c idle_session_timeout=0")
         try:

@@ -121,7 +121,7 @@ class Host:
         self.records = records
         self.places = places
         self.bus = MemoryBus(world.broker, client_id=name, filters=filters)
-        self.post = MessageClient(self.bus, f"/caesura/bench/host/{name}")
+        self.post = MessageClient(self.bus, f"/caesura/default/host/{name}")
         self.post.subscribe(m.CoordinatorPresence, self._epoch)
         self.post.subscribe(m.StartOperation, self._start)
         self.epoch, self.coordinator = 1, "none"

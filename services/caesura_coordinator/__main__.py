@@ -102,7 +102,7 @@ async def _serve(
         "outbox": coordinator.publisher.ping,
     }
     try:
-        async with serve_health(settings.health_listen, pings, registry):
+        async with serve_health(settings.health_listen, pings, registry, fleet=settings.fleet):
             await serve(coordinator.tasks(), drain=coordinator.drain, stop=stop)
     finally:
         coordinator.commits.close()

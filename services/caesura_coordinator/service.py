@@ -25,7 +25,7 @@ from caesura_coordinator.dispatcher import RolloutDispatcher
 from caesura_coordinator.fleet_lookup import FleetLookup
 from caesura_coordinator.fleet_receiver import FleetReceiver, ObservedFleet
 from caesura_coordinator.inputs import Approve
-from caesura_coordinator.leadership import Leadership, LeadershipLost
+from caesura_coordinator.leadership import Leadership, LeadershipLost, WrongFleet
 from caesura_coordinator.outbox_relay import OutboxRelay
 from caesura_coordinator.owner_records import OwnerRecords
 from caesura_coordinator.owners import Owners
@@ -128,6 +128,7 @@ class Coordinator:
             announce_s=announce_s,
             host_epochs=self._host_epochs,
             holds=(lambda: shared.leads) if shared is not None else lambda: True,
+            fleet=fleet,
         )
         self._status = (
             StatusAnnouncer(bus, self.post, shared, self.leadership, instance=instance, announce_s=announce_s)
@@ -172,6 +173,7 @@ class Coordinator:
             self._reconciler,
             self._dispatcher,
             self.leadership,
+            fleet,
         )
         self.requests = RequestHandler(
             self.repository,
@@ -284,6 +286,7 @@ class Coordinator:
 
         Raises:
             LeadershipLost: another coordinator has claimed a higher epoch.
+            WrongFleet: one of another fleet leads on this broker, and this store is not shared: a shared one waits for its end.
         """
         while not await self.bus.wait_connected(60):
             _log.warning("coordinator.waiting_for_broker", why=self.bus.stats.last_error)
@@ -292,6 +295,8 @@ class Coordinator:
             rollouts = await self.shared.lead(self._obstacle)
             self.store.write_as(self.post.source)
             self.repository.load(self._now(), rollouts)
+        elif other := self.leadership.other_fleet():
+            raise WrongFleet(f"this broker has {other}")
         await self.leadership.claim()
         self.owners.lead(self.authority.epoch)
         self._owner_records.changed()
@@ -316,6 +321,8 @@ class Coordinator:
         if not self.bus.stats.connected:
             return "the broker"
         assert self.shared is not None  # noqa: S101 - who asks is the store
+        if other := self.leadership.other_fleet():
+            return f"the end of {other}"
         if is_another(self._bus_label, self.shared.bus) and not self.leadership.knows_epochs:
             return (
                 f"a sign of this fleet on {self._bus_label}: the store was led on {self.shared.bus}. Set the same broker for all coordinators, "

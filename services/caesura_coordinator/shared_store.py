@@ -144,7 +144,7 @@ class SharedStore:
         while True:
             try:
                 why = obstacle(await self._do(self._rows.open))
-                taken = None if why else await self._do(self._taking_over(), lasting=True)
+                taken = None if why else await self._do(self._taking_over(obstacle), lasting=True)
             except StoreError as error:
                 await self._not_reached(error)
                 continue
@@ -162,15 +162,25 @@ class SharedStore:
         self._leads_since = asyncio.get_running_loop().time()
         return taken.rollouts
 
-    def _taking_over(self) -> Callable[[], _Taken | StoreError | None]:
+    def _taking_over(self, obstacle: Callable[[int], str]) -> Callable[[], _Taken | StoreError | None]:
         """Work for the thread: the content, if this coordinator leads now; an error if it cannot be read.
 
         All of it is done there, however large it is, and the session shows signs of life in the meantime.
         """
-        rows = self._rows
+        rows, loop = self._rows, asyncio.get_running_loop()
+
+        async def is_free(epoch: int) -> bool:
+            return not obstacle(epoch)
+
+        def may(epoch: int) -> bool:
+            # What is in the way may have arrived since the last look, as the claim of a coordinator with another store.
+            return asyncio.run_coroutine_threadsafe(is_free(epoch), loop).result(self.lease_s)
 
         def take_over() -> _Taken | StoreError | None:
-            content = rows.try_lead(self._name)
+            try:
+                content = rows.try_lead(self._name, may)
+            except TimeoutError as error:
+                raise StoreError(f"the event loop did not answer for {self.lease_s:g} s") from error
             if content is None:
                 return None
             found = content

@@ -228,7 +228,7 @@ class PostgresRows:
                 self._create(self._session)
             return self._read_store()[1]
 
-    def try_lead(self, name: str) -> Content | None:
+    def try_lead(self, name: str, may: Callable[[int], bool] = lambda _: True) -> Content | None:
         """See ``SharedRows.try_lead``."""
         self.open()
         with self._translated("cannot lead with"):
@@ -243,6 +243,9 @@ class PostgresRows:
             reading = _Reading(epoch=epoch, beat=beat, beat_at=time.monotonic())
             for table in self._tables_of(version):
                 rows[table] = self._table(table, reading)
+            if not may(epoch):
+                self._made.execute("SELECT pg_advisory_unlock(%s)", (_LOCK,))
+                return None
             # Last: a take-over that fails takes no epoch. Every write of anybody changes the row, so none came between.
             self._step(
                 "UPDATE caesura.store SET epoch = epoch + 1, beat = beat + 1, coordinator = %s, lease_s = %s, led_since = now() "

@@ -5,7 +5,7 @@ Rows are known by table and number (SQLite's ``rowid``), so that several changes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -79,10 +79,13 @@ class SharedRows(Protocol):
             NewerStore, WrongStore: it must not be used.
         """
 
-    def try_lead(self, name: str) -> Content | None:
+    def try_lead(self, name: str, may: Callable[[int], bool] = lambda _: True) -> Content | None:
         """Become the leader, unless another process is: read everything, then raise the epoch by one if nobody wrote in the meantime.
 
         It gives signs of life while it reads.
+
+        Args:
+            may: whether it may still lead when everything is read, given the epoch in the store. If not, others may.
 
         Raises:
             As ``open``.

@@ -458,6 +458,18 @@ async def test_a_large_store_is_read_in_chunks_and_not_led_if_somebody_wrote_mea
     assert await server.sql("SELECT epoch FROM caesura.store") == epoch
 
 
+async def test_who_may_not_lead_any_more_when_everything_is_read_leaves_the_lead_to_others(
+    server: PostgresServer,
+) -> None:
+    _, copy = working_copy()
+    first, second = rows_of(server.url, copy, name="one")(), rows_of(server.url, copy, name="two")()
+    assert await asyncio.to_thread(first.try_lead, "one", lambda _: False) is None
+    assert await server.sql("SELECT epoch FROM caesura.store") == "0"
+    assert await asyncio.to_thread(second.try_lead, "two") is not None
+    first.close()
+    second.close()
+
+
 @pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
 async def test_a_database_that_is_not_in_utf8_is_refused(encoding: str, server: PostgresServer) -> None:
     await server.sql(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -34,13 +34,18 @@ class Rows:
         self.beats = 0
         self.bus = ""
         self.epoch = 0
+        self.meanwhile: Callable[[], None] = lambda: None
+        """What happens while everything is read."""
         self.rows: dict[str, tuple[tuple[str, ...], list[tuple[object, ...]]]] = {}
 
     def open(self) -> int:
         return self.epoch
 
-    def try_lead(self, name: str) -> Content | None:
+    def try_lead(self, name: str, may: Callable[[int], bool] = lambda _: True) -> Content | None:
         self.asked.append(name)
+        self.meanwhile()
+        if not may(self.epoch):
+            return None
         self.epoch += 1
         return Content(version=len(MIGRATIONS), epoch=self.epoch, rows=self.rows)
 
@@ -129,11 +134,11 @@ async def test_a_take_over_in_which_the_database_falls_silent_is_given_up() -> N
     released = threading.Event()
 
     class Silent(Rows):
-        def try_lead(self, name: str) -> Content | None:
+        def try_lead(self, name: str, may: Callable[[int], bool] = lambda _: True) -> Content | None:
             if not self.asked:
                 self.asked.append(name)
                 released.wait()
-            return super().try_lead(name)
+            return super().try_lead(name, may)
 
     rows = Silent()
     shared = shared_with(rows, lease_s=0.2)
@@ -176,3 +181,25 @@ async def test_a_coordinator_on_another_broker_where_nothing_has_an_epoch_does_n
     assert is_another("mqtt://a:1,mqtt://b:1", "mqtt://c:1")
     assert not is_another("mqtt://a:1,mqtt://b:1", "mqtt://b:1,mqtt://c:1")
     assert not is_another("mqtt://a:1", "")
+
+
+async def test_what_comes_into_the_way_while_everything_is_read_ends_the_take_over_without_an_epoch() -> None:
+    """As the claim of a coordinator with another store: both would claim above each other."""
+    database, in_the_way = Rows(), [""]
+
+    def arrives() -> None:
+        in_the_way[0] = "the end of coordinator stranger"
+
+    database.meanwhile = arrives
+    store, copy = working_copy()
+    shared = SharedStore(store, copy, lambda: database, name="c", lease_s=patient(5.0), poll_s=0.01)
+    leading = asyncio.create_task(shared.lead(lambda _: in_the_way[0]))
+    await eventually(lambda: shared.waits_for == "the end of coordinator stranger")
+    assert len(database.asked) == 1
+    assert database.epoch == 0
+    assert not leading.done()
+    database.meanwhile = lambda: None
+    in_the_way[0] = ""
+    await leading
+    assert shared.leads
+    shared.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -674,3 +675,35 @@ async def test_a_server_without_a_free_connection_is_waited_for(server: Postgres
             await until(lambda: second.waits_for == "another coordinator leads")
             waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a disk of its own needs root")
+async def test_a_database_whose_disk_is_full_ends_the_lead_and_keeps_what_it_had(
+    server: PostgresServer,
+) -> None:
+    async with coordinator_of(server.url, name="one") as first:
+        started(await lead(first), fleet_of())
+        await first.reached()
+    async with server.small_disk(16 * 1024 * 1024) as disk:
+        async with coordinator_of(server.url, name="one") as first:
+            store = await lead(first)
+            before = everything(store)
+            with contextlib.suppress(OSError), (disk / "fills").open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+            with store.transaction():
+                for number in range(5000):
+                    store.save_owner(f"w{number}", "h0", 3)
+            with pytest.raises(StoreLost, match="No space left on device"):
+                await first.reached()
+            assert not first.leads
+        # Nobody keeps the others from the lead, and nothing of what failed is there.
+        async with coordinator_of(server.url, name="two") as second:
+            assert everything(await lead(second))[1:] == before[1:]
+            (disk / "fills").unlink()
+            with second.store.transaction():
+                for number in range(5000):
+                    second.store.save_owner(f"w{number}", "h0", 3)
+            await second.reached()
+        async with coordinator_of(server.url, name="one") as first:
+            assert len((await lead(first)).owners()) == 5000

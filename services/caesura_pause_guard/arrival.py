@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Literal
 
-from caesura_vmcontrol import boot_counters, claims, kernel_clock
+from caesura_vmcontrol import boot_counters, claims, kernel_clock, kvm_device
 from caesura_vmcontrol.boots import boot8
 from caesura_vmcontrol.durable_files import give_to_owner, sync_folder
 from caesura_vmcontrol.hardware_watchdog import HardwareWatchdog
@@ -64,7 +64,7 @@ def arrive(folder: str, by: By, log: Log) -> int:
     begun: Arrival | None = None
     if (user := user_to_become(folder)) is not None:
         begun = _as_root(store, user, by, log)
-        become(user)
+        become(user_to_become(folder) or user)  # again: the group of KVM's device may be known only now
     with _one_at_a_time(folder, log):
         try:
             intent = store.read()
@@ -77,6 +77,8 @@ def arrive(folder: str, by: By, log: Log) -> int:
             return ALL_RUN
         if user is None:
             _disarm_hardware_watchdog(change, log)
+            if os.geteuid() == 0:
+                _make_kvm_ready(intent, log)
         arrival = examine(intent, folder, by, log, begun)
         _record(store, intent, log)
         if change.rehearsal:
@@ -100,7 +102,7 @@ def _record(store: IntentFile, intent: Intent, log: Log) -> None:
 
 
 def _as_root(store: IntentFile, user: ServiceUser, by: By, log: Log) -> Arrival | None:
-    """What only root can do, and nothing else: the clock, the hardware watchdog, and the sockets' folder in the new /run."""
+    """What only root can do, and nothing else: the clock, the hardware watchdog, KVM, and the sockets' folder in the new /run."""
     try:
         intent = store.read()
     except UnreadableIntent:
@@ -113,9 +115,17 @@ def _as_root(store: IntentFile, user: ServiceUser, by: By, log: Log) -> Arrival 
         with suppress(FileExistsError):
             os.mkdir(_SOCKETS, 0o700)
         os.chown(_SOCKETS, user.uid, user.gid, follow_symlinks=False)
-    if change.arrival is not None and change.arrival.boot_id == boot_id():
-        return None
-    return _begin(change, by, log)
+    here = change.arrival is not None and change.arrival.boot_id == boot_id()
+    begun = None if here else _begin(change, by, log)
+    _make_kvm_ready(intent, log)
+    return begun
+
+
+def _make_kvm_ready(intent: Intent, log: Log) -> None:
+    """Where a guest is to have it; a rehearsal measures it, too."""
+    lines = [line for plan in intent.plans if isinstance(plan, ReplacePlan) for line in plan.argv]
+    if not lines or any("kvm" in word for line in lines for word in line):
+        kvm_device.make_ready(log)
 
 
 def _disarm_hardware_watchdog(change: KernelChange, log: Log) -> None:

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
 from caesura_nested_host.fleet_host import FleetHost
 
 SLOW = {"prepare_failed", "freeze_failed"}
 """Codes of a host whose guest stayed in the old kernel since its QEMU was too slow: nothing is quick in the emulation of a busy machine."""
+
+
+TRIES = 6
+"""Rollouts, where guests are not saved in time."""
+STEP_S = 400.0
+"""For a boot with all that follows it, in the emulation of a busy machine: 90 s at rest."""
+ROLLOUT_S = 2 * STEP_S
+"""For a rollout of one or two hosts."""
+
+TEST_S = 1500.0
+"""For the cases of one host, one after the other: 300 to 400 s at rest. A host that hangs is reported long before."""
+
+
+async def until_ready(stage: Any, *hosts: FleetHost) -> None:
+    """Wait until each can have its kernel replaced, and its guests beat."""
+    await stage.sandbox.until(
+        lambda: all(host.ready(stage.fleet_view) for host in hosts), STEP_S, "hosts, guards and guests"
+    )
+    await asyncio.gather(*(asyncio.to_thread(each.until_guests_beat) for each in hosts))
 
 
 def assert_continued(host: FleetHost, since: float, release: str) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import resource
 import shutil
 import subprocess
 import threading
@@ -48,6 +49,8 @@ _AGAIN_S = 0.01  # s: between two tries
 _REHEARSAL_S = 120.0  # s: for a QEMU without a guest to start; as for one with a guest, see qemu_replace
 _SOCKETS = "/run/caesura"
 """Where the units have the sockets' folders; only root makes something in /run, and it makes nothing there that a plan names."""
+_FILES = 8192
+"""Open files of each QEMU, as the units have it (``LimitNOFILE=``); an initramfs has 1,024."""
 _SAID = 200  # characters of what it says instead
 REHEARSAL = "rehearsal"
 """In the place of a VM's name: the QEMU of a rehearsal."""
@@ -102,7 +105,7 @@ def _record(store: IntentFile, intent: Intent, log: Log) -> None:
 
 
 def _as_root(store: IntentFile, user: ServiceUser, by: By, log: Log) -> Arrival | None:
-    """What only root can do, and nothing else: the clock, the hardware watchdog, KVM, and the sockets' folder in the new /run."""
+    """What only root can do, and nothing else: clock, hardware watchdog, KVM, limits, and the sockets' folder in the new /run."""
     try:
         intent = store.read()
     except UnreadableIntent:
@@ -115,6 +118,8 @@ def _as_root(store: IntentFile, user: ServiceUser, by: By, log: Log) -> Arrival 
         with suppress(FileExistsError):
             os.mkdir(_SOCKETS, 0o700)
         os.chown(_SOCKETS, user.uid, user.gid, follow_symlinks=False)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_FILES, _FILES))
     here = change.arrival is not None and change.arrival.boot_id == boot_id()
     begun = None if here else _begin(change, by, log)
     _make_kvm_ready(intent, log)

@@ -176,6 +176,16 @@ class FleetHost:
         well = not found.kernel.problems and len(found.kernel.figures) > 0
         return well and all(vm.state == "running" and "kexec" in vm.methods for vm in found.vms)
 
+    def clock_offset_s(self) -> tuple[float, float]:
+        """Its CLOCK_REALTIME minus this machine's, seconds: at least, and at most. Blocking.
+
+        Raises:
+            CommandFailed, HostEnded, TimeoutError: it does not say.
+        """
+        before = time.time()
+        there = float(self.machine.run("date +%s.%N").split()[-1])
+        return there - time.time(), there - before
+
     def account(self) -> str:
         """What was last seen of the host, and what its services said, for failure reports. Blocking."""
         wanted = "journalctl --no-pager -o short-monotonic -u caesura-host-updater -u caesura-pause-guard -u caesura-arrive"

@@ -31,7 +31,7 @@ from caesura_testing.nested_guests import (
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(TEST_S)]
 
-USUAL = ("refused", "stuck"), ("panic", "without")
+USUAL = (("refused", "stuck", "without"),)
 """The cases of each host."""
 ALL = ("rehearsed", "refused", "panic", "stuck"), ("crash", "late", "without")
 

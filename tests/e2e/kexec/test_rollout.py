@@ -25,6 +25,7 @@ from caesura_testing.nested_guests import (
     STEP_S,
     TEST_S,
     TRIES,
+    assert_clock_kept,
     assert_continued,
     until_ready,
 )
@@ -60,6 +61,7 @@ async def roll(stage: Any, hosts: Sequence[FleetHost], update: str, release: str
     that was not prepared or saved in time, so that it continued in the old kernel. They halt the rollout; another one takes the rest.
     """
     left = {host.name: host for host in hosts}
+    clocks = {host.name: await asyncio.to_thread(host.clock_offset_s) for host in hosts}
     tries = 0
     while left:
         tries += 1
@@ -84,7 +86,9 @@ async def roll(stage: Any, hosts: Sequence[FleetHost], update: str, release: str
                 assert tries < TRIES, report.reason
                 continue
             assert report.status == "completed" or set(report.codes) == {"pause_over_budget"}, report
+            assert all(f"under kernel {release} by the initramfs" in vm.detail for vm in report.vms), report
             assert (await asyncio.to_thread(host.machine.run, "uname -r")).strip() == release
+            await asyncio.to_thread(assert_clock_kept, host, clocks[host.name])
             del left[report.host]
         if state.status == "completed":
             assert not left

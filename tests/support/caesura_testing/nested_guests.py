@@ -18,6 +18,8 @@ STEP_S = 400.0
 ROLLOUT_S = 2 * STEP_S
 """For a rollout of one or two hosts."""
 
+CLOCK_S = 0.1
+"""By which a host's clock may have moved over a change of its kernel, beyond what the answer took; its rate is measured, too."""
 TEST_S = 1500.0
 """For the cases of one host, one after the other: 300 to 400 s at rest. A host that hangs is reported long before."""
 
@@ -43,3 +45,15 @@ def assert_continued(host: FleetHost, since: float, release: str) -> None:
             f"\n{host.name} to {release}: {vm}: beat {found.before.number} -> {found.after.number},"
             f" silence {found.silence_s:.1f} s, its clock +{found.own_s:.2f} s, {found.memory}"
         )
+
+
+def assert_clock_kept(host: FleetHost, before: tuple[float, float]) -> None:
+    """The host's wall clock is where it was, as this machine sees it: a kernel alone would be off by up to half a second.
+
+    Args:
+        before: what the host said before the change of its kernel.
+    """
+    after = host.clock_offset_s()
+    print(f"\n{host.name}: its clock, minus that of this machine: {before} s, then {after} s")
+    assert after[0] <= before[1] + CLOCK_S
+    assert after[1] >= before[0] - CLOCK_S

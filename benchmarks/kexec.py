@@ -23,12 +23,12 @@ from caesura.contract import messages as m
 from caesura.contract.parts import WholeRollout
 from caesura_ctl.session import Session, connect, new_request_id
 from caesura_ctl.settings import CtlSettings
-from caesura_nested_host.fleet_host import FleetHost
+from caesura_nested_host.fleet_host import SLOW, FleetHost
 from caesura_nested_host.image import Image, NoImage, build, missing
 from caesura_nested_host.machine import CONSOLE, running
 from caesura_nested_host.pause_parts import pause_parts
 from caesura_testing.broker import mosquitto
-from caesura_testing.nested_guests import SLOW, TRIES
+from caesura_testing.nested_guests import TRIES
 from caesura_testing.sandbox import Sandbox
 
 _PATIENCE_S = 900.0

@@ -132,7 +132,7 @@ class NestedHost:
             ),
             *("-kernel", f"{self.image.boot}/vmlinuz-{self.image.old}"),
             *("-initrd", f"{self.image.boot}/initrd.img-{self.image.old}", "-append", words),
-            *("-drive", f"file={disk},format=qcow2,if=virtio,cache=writeback", "-rtc", "base=utc,clock=host"),
+            *("-drive", f"file={disk},format=qcow2,if=virtio,cache=unsafe", "-rtc", "base=utc,clock=host"),
             *("-netdev", "user,id=n0", "-device", "virtio-net-pci,netdev=n0", "-device", "virtio-rng-pci"),
             *("-qmp", f"unix:{self._folder}/qmp,server=on,wait=off"),
         ]

@@ -16,12 +16,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from caesura_nested_host.fleet_host import FleetHost
+from caesura_nested_host.fleet_host import SLOW, FleetHost
 from caesura_nested_host.image import Image
 from caesura_nested_host.machine import CONSOLE, running
 from caesura_testing.nested_guests import (
     ROLLOUT_S,
-    SLOW,
     STEP_S,
     TEST_S,
     TRIES,

@@ -7,10 +7,6 @@ from typing import Any
 
 from caesura_nested_host.fleet_host import FleetHost
 
-SLOW = {"prepare_failed", "freeze_failed"}
-"""Codes of a host whose guest stayed in the old kernel since its QEMU was too slow: nothing is quick in the emulation of a busy machine."""
-
-
 TRIES = 6
 """Rollouts, where guests are not saved in time."""
 STEP_S = 400.0

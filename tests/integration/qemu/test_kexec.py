@@ -16,7 +16,7 @@ from caesura_host_updater.drivers.qemu.definition import Definition
 from caesura_host_updater.drivers.qemu.process_records import Records
 from caesura_host_updater.inventory.kernel_options import KernelOptions
 from caesura_pause_guard import arrival
-from caesura_vmcontrol import boot_counters, procfs, qemu_replace, ram_places
+from caesura_vmcontrol import boot_counters, kvm_device, procfs, qemu_replace, ram_places
 from caesura_vmcontrol.intent import Intent, IntentFile
 from caesura_vmcontrol.kernel_change import ClockPair, KernelChange, Left
 
@@ -39,7 +39,7 @@ def carve_out(rig: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(kexec_obstacles, "dax_error", lambda _: "")
     for module in (arrival, supervisor):
         monkeypatch.setattr(module, "carve_out_error", lambda _: "")
-    monkeypatch.setattr(arrival.kvm_device, "make_ready", lambda _: None)
+    monkeypatch.setattr(kvm_device, "make_ready", lambda _: None)
     monkeypatch.setitem(
         rig.build.__func__.__globals__, "QemuDriver", lambda *a, **k: real(*a, **k, kernel=kernel)
     )

@@ -33,9 +33,17 @@ def _table(lanes: Any, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
 
 def test_what_is_chosen(lanes: Any) -> None:
     everything = lanes.chosen([], fast=False)
-    assert {"e2e", "hosts", "journeys", "clusters", "integration", "compose", "wheel", "asyncapi", "kexec"} < set(
-        everything
-    )
+    assert {
+        "e2e",
+        "hosts",
+        "journeys",
+        "clusters",
+        "integration",
+        "compose",
+        "wheel",
+        "asyncapi",
+        "kexec",
+    } < set(everything)
     assert not {"soak", "mutation", "kexec-all", "nats"} & set(everything), (
         "they take hours, or an idle machine"
     )

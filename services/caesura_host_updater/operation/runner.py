@@ -409,6 +409,8 @@ class OperationRunner:
             with suppress(StoreError, TimeoutError):
                 async with asyncio.timeout(_FLUSH_S):
                     await self._journal.do(lambda _: None)
+            # A VM that somebody else has paused: the guard would resume it when it is released, and finds it paused.
+            await self._actions.wait_dropped()
             record = await self._guard.disarm(self.state.operation)
         except GuardUnavailable as error:
             _log.warning("guard.not_disarmed", operation=self.state.operation, why=str(error))

@@ -149,20 +149,23 @@ class VmActions:
             self._emit(VmNotFrozen(vm, called_at, "its freeze was called off"))
             raise
         except (FreezeFailed, NotPossible) as error:
-            if isinstance(error, FreezeFailed) and error.untouched:
-                await self._drop(vm)
             self._emit(VmNotFrozen(vm, called_at, error.why))
+            if isinstance(error, FreezeFailed) and error.untouched:
+                self._drop(vm)
         except Exception as error:
             self._emit(VmNotFrozen(vm, called_at, repr(error)))
             raise
         else:
             self._emit(VmFroze(vm, called_at, time.monotonic()))
 
-    async def _drop(self, vm: str) -> None:
-        """Once. It is done to its end: a request to the guard that is called off costs the connection."""
+    def _drop(self, vm: str) -> None:
+        """Once, beside everything else: a guard that hangs delays no other VM's resume."""
         if vm not in self._dropped:
             self._dropped[vm] = asyncio.ensure_future(self._drop_from_guard(vm))
-        await asyncio.shield(self._dropped[vm])
+
+    async def wait_dropped(self) -> None:
+        """Return when the guard has answered, or not in time, for all VMs that it had to forget."""
+        await asyncio.gather(*self._dropped.values())
 
     async def _checkpoint(self, vm: str, by: float) -> None:
         if not isinstance(self._driver, ReplaceCapable):
@@ -240,7 +243,7 @@ class VmActions:
                 match end:
                     case "left":
                         detail = self._driver.why_left(vm)
-                        await self._drop(vm)
+                        self._drop(vm)
                     case "gone":
                         detail = self._driver.health_error(vm)
                     case _:

@@ -33,6 +33,7 @@ def host_settings(env_file: str | None, environ: Mapping[str, str]) -> HostUpdat
     known = dict(environ)
     file = _file(env_file, environ)
     if file is not None:
+        known.setdefault(f"{PREFIX}GUARD", "external")  # as the unit's, whose file it is
         known |= read_env_file(file)
         if _PASSWORD_VARIABLE not in known and _exists(_PASSWORD) and _may_read(_PASSWORD):
             known[_PASSWORD_VARIABLE] = _PASSWORD

@@ -31,6 +31,16 @@ def test_the_file_wins_over_the_environment_and_is_checked(tmp_path: Path) -> No
         host_settings(str(tmp_path / "none"), environ)
 
 
+def test_the_unit_has_a_guard_of_its_own(tmp_path: Path) -> None:
+    """Its variables beside the file are not in the environment of whoever runs the doctor."""
+    file = tmp_path / "env"
+    file.write_text("CAESURA_HOST_UPDATER_HOST_FILE=/etc/caesura/host.toml\n")
+    assert host_settings(str(file), {}).guard == "external"
+    assert host_settings(None, {"CAESURA_HOST_UPDATER_HOST_FILE": "/other"}).guard == "spawn"
+    file.write_text("CAESURA_HOST_UPDATER_HOST_FILE=/x\nCAESURA_HOST_UPDATER_GUARD=spawn\n")
+    assert host_settings(str(file), {}).guard == "spawn"
+
+
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """As the packages' units have it: a password that systemd loads."""

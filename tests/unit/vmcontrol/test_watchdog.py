@@ -341,6 +341,7 @@ class Qemu(World):
 
     def __init__(self) -> None:
         self.released: list[str] = []
+        self._looks: list[str] = []
         self.looked = threading.Event()
         self.answers = threading.Event()
         self.answers.set()
@@ -348,6 +349,7 @@ class Qemu(World):
 
     def look(self, plan: ResumePlan, table: Mapping[int, Process] | None) -> Condition:
         found = super().look(plan, table)
+        self._looks.append(plan.vm)
         if plan.vm == "a":
             self.looked.set()
             self.answers.wait(patient(20))
@@ -356,6 +358,9 @@ class Qemu(World):
     def release(self, plan: ResumePlan, table: Mapping[int, Process] | None) -> None:
         super().release(plan, table)
         self.released.append(plan.vm)
+
+    def looks_at(self, vm: str) -> int:
+        return self._looks.count(vm)
 
     def intent(self, operation: str = "op") -> Intent:
         made = super().intent(operation)
@@ -483,6 +488,55 @@ def test_the_look_of_a_disarm_is_no_decision(qemu: Qemu) -> None:
         with suppress(GuardRefusal):
             qemu.watch.disarm("op")
     assert "a" in qemu.released
+
+
+def test_a_disarm_that_nobody_has_answered_yet_is_no_reason_to_act(qemu: Qemu) -> None:
+    """A daemon of libvirt's that is slow needs longer for its answers than a disarm may take."""
+    qemu.watch.arm(qemu.intent())
+    qemu.answers.clear()
+    for _ in range(2):
+        with pytest.raises(GuardRefusal, match="nobody has said yet whether it runs: a"):
+            qemu.watch.disarm("op")
+    assert state(qemu) == "armed"
+    qemu.answers.set()
+    qemu.until(lambda: _is_disarmed(qemu), 0)
+    assert (qemu.released, qemu.disk) == ([], None)
+
+
+def _is_disarmed(world: World) -> bool:
+    with suppress(GuardRefusal):
+        assert world.watch.disarm("op") is None
+        return True
+    return False
+
+
+def test_a_disarm_that_nobody_answers_ends_at_the_deadline(qemu: Qemu) -> None:
+    qemu.watch.arm(qemu.intent())
+    qemu.answers.clear()
+    with pytest.raises(GuardRefusal):
+        qemu.watch.disarm("op")
+    qemu.vms["a"] = "frozen"
+    qemu.answers.set()
+    qemu.now += 10
+    qemu.until(lambda: state(qemu) == "fired", 0)
+    assert qemu.vms["a"] == "running"
+
+
+def test_vms_that_are_asked_need_not_answer_in_one_round(qemu: Qemu) -> None:
+    """Else two slow ones that take turns would keep an operation armed."""
+    intent = qemu.intent()
+    intent.plans = (*intent.plans, QemuPlan("c", Vmm(4712, 5, "/run/y")))
+    qemu.vms["c"] = "running"
+    qemu.watch.arm(intent)
+    qemu.answers.clear()
+    with pytest.raises(GuardRefusal, match=r"runs: a$"):
+        qemu.watch.disarm("op")
+    looks = qemu.looks_at("c")
+    with pytest.raises(GuardRefusal, match=r"runs: a$"):
+        qemu.watch.disarm("op")
+    assert qemu.looks_at("c") == looks
+    qemu.answers.set()
+    qemu.until(lambda: _is_disarmed(qemu), 0)
 
 
 def test_found_at_start_with_a_record_a_guest_that_is_frozen_again_is_not_at_its_end() -> None:

@@ -15,18 +15,20 @@ import json
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from caesura.contract import messages as m
-from caesura_ctl.session import connect, new_request_id
+from caesura.contract.parts import WholeRollout
+from caesura_ctl.session import Session, connect, new_request_id
 from caesura_ctl.settings import CtlSettings
-from caesura_nested_host.fleet_host import FleetHost
-from caesura_nested_host.guests import beats, longest_silence
+from caesura_nested_host.fleet_host import SLOW, FleetHost
 from caesura_nested_host.image import Image, NoImage, build, missing
 from caesura_nested_host.machine import CONSOLE, running
 from caesura_nested_host.pause_parts import pause_parts
 from caesura_testing.broker import mosquitto
+from caesura_testing.nested_guests import TRIES
 from caesura_testing.sandbox import Sandbox
 
 _PATIENCE_S = 900.0
@@ -49,38 +51,53 @@ async def run(image: Image) -> dict[str, object]:
                         lambda: host.ready(session.fleet_view), _PATIENCE_S, "host and guests"
                     )
                     await asyncio.to_thread(host.until_guests_beat)
-                    answer = await session.ask(
-                        m.RolloutRequested(
-                            request=new_request_id(),
-                            update="kernel-new",
-                            selection=m.Selection(),
-                            policy=m.Policy(
-                                notice_s=1.0, budget_s=30.0, verify_timeout_s=600.0, on_unsynced="proceed"
-                            ),
-                            limits=m.Limits(),
+                    for _ in range(TRIES):
+                        begun = time.monotonic()
+                        state = await rolled(session, sandbox)
+                        codes = {code for each in session.fleet_view.reports.values() for code in each.codes}
+                        if state.status == "completed" or not SLOW & codes:
+                            break
+                        await session.ask(m.AbortRequested(request=new_request_id(), rollout=state.rollout))
+                        await sandbox.until(
+                            lambda: host.ready(session.fleet_view), _PATIENCE_S, "guests that run again"
                         )
-                    )
-                    if not answer.accepted:
-                        raise NoImage(answer.reason)
-                    await sandbox.until(
-                        lambda: session.fleet_view.rollouts[answer.rollout].status in ("completed", "halted"),
-                        _PATIENCE_S,
-                        "the rollout",
-                    )
-                    state = session.fleet_view.rollouts[answer.rollout]
-                    line = next(iter(host.guests.values()))
-                    before, after = longest_silence(beats(host.machine.lines(line)))
-                    parts = pause_parts(host.machine.lines(CONSOLE), before.at, after.at)
-    pause_s = after.at - before.at
+                    pauses = await asyncio.to_thread(host.guest_pauses, begun)
+                    longest = max(pauses.values(), key=lambda each: each.silence_s)
+                    parts = pause_parts(host.machine.lines(CONSOLE), longest.before.at, longest.after.at)
+    pause_s = longest.silence_s
     return {
         "from": image.old,
         "to": image.new,
         "status": state.status,
         "codes": list(state.codes),
         "pause_s": round(pause_s, 2),
+        "faults": [fault for each in pauses.values() for fault in each.faults],
         "seconds": {name: round(seconds, 2) for name, seconds in parts.items()},
         "shares": {name: round(seconds / pause_s, 3) for name, seconds in parts.items()},
     }
+
+
+async def rolled(session: Session, sandbox: Sandbox) -> WholeRollout:
+    """One rollout to the new kernel, to its end."""
+    policy = m.Policy(notice_s=1.0, budget_s=30.0, verify_timeout_s=600.0, on_unsynced="proceed")
+    answer = await session.ask(
+        m.RolloutRequested(
+            request=new_request_id(),
+            update="kernel-new",
+            selection=m.Selection(),
+            policy=policy,
+            limits=m.Limits(again=True),
+        )
+    )
+    if not answer.accepted:
+        raise NoImage(answer.reason)
+    rollouts = session.fleet_view.rollouts
+
+    def ended() -> bool:
+        return answer.rollout in rollouts and rollouts[answer.rollout].status in ("completed", "halted")
+
+    await sandbox.until(ended, _PATIENCE_S, "the end of the rollout")
+    return rollouts[answer.rollout]
 
 
 def main() -> int:

@@ -42,6 +42,7 @@ from caesura_vmcontrol import procfs
 procfs.BOOT_ID = sys.argv[1]
 from caesura_pause_guard import arrival
 arrival.carve_out_error = lambda path: ""
+arrival.kvm_device.make_ready = lambda log: None
 from caesura_pause_guard.__main__ import main
 sys.exit(main(["--arrive", "--state-dir", sys.argv[2], "--by", "initramfs"]))
 """

@@ -27,15 +27,15 @@ python3-pip        +pip                                   all
 git                git                                    unit integration e2e journeys clusters
 openssl            openssl                                unit integration e2e journeys clusters
 tar                tar                                    unit integration e2e journeys clusters
-mosquitto          mosquitto                              unit integration e2e journeys clients kexec clusters nats
+mosquitto          mosquitto                              unit integration e2e journeys clients kexec kexec-all clusters nats
 mosquitto-clients  mosquitto_sub                          integration e2e journeys clusters
 postgresql         /usr/lib/postgresql/                    integration clusters
 nats-server        nats-server                            nats
 rabbitmq-server    /usr/lib/rabbitmq/bin/rabbitmq-server  integration clusters
 prometheus         promtool                               unit integration e2e journeys
 curl               curl                                   integration e2e compose journeys clients clusters
-qemu-system-x86    qemu-system-x86_64                     unit integration e2e journeys kexec
-qemu-utils         qemu-img                               unit integration e2e journeys kexec
+qemu-system-x86    qemu-system-x86_64                     unit integration e2e journeys kexec kexec-all
+qemu-utils         qemu-img                               unit integration e2e journeys kexec kexec-all
 ovmf               /usr/share/OVMF/OVMF_CODE.fd           integration e2e journeys
 swtpm              swtpm                                  integration e2e journeys
 libvirt-daemon     libvirtd                               integration e2e journeys
@@ -44,7 +44,7 @@ libvirt-clients    virsh                                  integration e2e journe
 python3-libvirt    /usr/lib/python3/dist-packages/libvirt.py integration e2e journeys
 slirp4netns        slirp4netns                            e2e journeys
 iproute2           ip                                     integration e2e compose journeys clients
-e2fsprogs          mkfs.ext4                              unit integration e2e journeys kexec
+e2fsprogs          mkfs.ext4                              unit integration e2e journeys kexec kexec-all
 util-linux         fsfreeze                               integration e2e journeys clients
 chromium           chromium                               e2e journeys
 fonts-dejavu-core  /usr/share/fonts/truetype/dejavu       e2e journeys
@@ -54,8 +54,8 @@ resource-agents    /usr/lib/ocf/resource.d/heartbeat      clients
 docker.io          dockerd                                compose
 docker.io          docker                                 compose
 iptables           iptables                               compose
-debootstrap        debootstrap                            compose kexec
-gcc                gcc                                    kexec
+debootstrap        debootstrap                            compose kexec kexec-all
+gcc                gcc                                    kexec kexec-all
 EOF
 }
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import resource
 import shutil
 import subprocess
 import threading
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Literal
 
-from caesura_vmcontrol import boot_counters, claims, kernel_clock
+from caesura_vmcontrol import boot_counters, claims, kernel_clock, kvm_device
 from caesura_vmcontrol.boots import boot8
 from caesura_vmcontrol.durable_files import give_to_owner, sync_folder
 from caesura_vmcontrol.hardware_watchdog import HardwareWatchdog
@@ -48,6 +49,8 @@ _AGAIN_S = 0.01  # s: between two tries
 _REHEARSAL_S = 120.0  # s: for a QEMU without a guest to start; as for one with a guest, see qemu_replace
 _SOCKETS = "/run/caesura"
 """Where the units have the sockets' folders; only root makes something in /run, and it makes nothing there that a plan names."""
+_FILES = 8192
+"""Open files of each QEMU, as the units have it (``LimitNOFILE=``); an initramfs has 1,024."""
 _SAID = 200  # characters of what it says instead
 REHEARSAL = "rehearsal"
 """In the place of a VM's name: the QEMU of a rehearsal."""
@@ -64,7 +67,7 @@ def arrive(folder: str, by: By, log: Log) -> int:
     begun: Arrival | None = None
     if (user := user_to_become(folder)) is not None:
         begun = _as_root(store, user, by, log)
-        become(user)
+        become(user_to_become(folder) or user)  # again: the group of KVM's device may be known only now
     with _one_at_a_time(folder, log):
         try:
             intent = store.read()
@@ -77,6 +80,8 @@ def arrive(folder: str, by: By, log: Log) -> int:
             return ALL_RUN
         if user is None:
             _disarm_hardware_watchdog(change, log)
+            if os.geteuid() == 0:
+                _make_kvm_ready(intent, log)
         arrival = examine(intent, folder, by, log, begun)
         _record(store, intent, log)
         if change.rehearsal:
@@ -100,7 +105,7 @@ def _record(store: IntentFile, intent: Intent, log: Log) -> None:
 
 
 def _as_root(store: IntentFile, user: ServiceUser, by: By, log: Log) -> Arrival | None:
-    """What only root can do, and nothing else: the clock, the hardware watchdog, and the sockets' folder in the new /run."""
+    """What only root can do, and nothing else: clock, hardware watchdog, KVM, limits, and the sockets' folder in the new /run."""
     try:
         intent = store.read()
     except UnreadableIntent:
@@ -113,9 +118,19 @@ def _as_root(store: IntentFile, user: ServiceUser, by: By, log: Log) -> Arrival 
         with suppress(FileExistsError):
             os.mkdir(_SOCKETS, 0o700)
         os.chown(_SOCKETS, user.uid, user.gid, follow_symlinks=False)
-    if change.arrival is not None and change.arrival.boot_id == boot_id():
-        return None
-    return _begin(change, by, log)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_FILES, _FILES))
+    here = change.arrival is not None and change.arrival.boot_id == boot_id()
+    begun = None if here else _begin(change, by, log)
+    _make_kvm_ready(intent, log)
+    return begun
+
+
+def _make_kvm_ready(intent: Intent, log: Log) -> None:
+    """Where a guest is to have it; a rehearsal measures it, too."""
+    lines = [line for plan in intent.plans if isinstance(plan, ReplacePlan) for line in plan.argv]
+    if not lines or any("kvm" in word for line in lines for word in line):
+        kvm_device.make_ready(log)
 
 
 def _disarm_hardware_watchdog(change: KernelChange, log: Log) -> None:

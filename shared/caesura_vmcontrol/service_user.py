@@ -14,7 +14,8 @@ import stat
 from contextlib import suppress
 from dataclasses import dataclass
 
-_KVM = "/dev/kvm"
+from caesura_vmcontrol.kvm_device import DEVICE
+
 _GROUP_MAY = stat.S_IRGRP | stat.S_IWGRP
 
 
@@ -34,7 +35,7 @@ def user_to_become(folder: str) -> ServiceUser | None:
         return None
     found = user_of(owner.st_uid, owner.st_gid, _text("/etc/passwd"), _text("/etc/group"))
     with suppress(OSError):
-        kvm = os.stat(_KVM)  # a unit gives this group to its service, whatever /etc/group says
+        kvm = os.stat(DEVICE)  # a unit gives this group to its service, whatever /etc/group says
         if kvm.st_mode & _GROUP_MAY == _GROUP_MAY and kvm.st_gid != 0:
             return ServiceUser(found.uid, found.gid, tuple(sorted({*found.groups, kvm.st_gid})))
     return found

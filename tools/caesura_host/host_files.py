@@ -138,6 +138,7 @@ class HostFolder:
             initramfs_hooks=hooks,
             device_uuid=self._device_uuid(),
             mount_options=self._mount_options(carve_out),
+            kexec_disabled=(self._text("/proc/sys/kernel/kexec_load_disabled") or "").strip() == "1",
         )
 
     def _hook_version(self, image: Path) -> str:

@@ -63,6 +63,7 @@ class PreparationFacts(msgspec.Struct, frozen=True, kw_only=True):
         device_uuid: UUID of the file system on the carve-out's device; empty: none; None: no such device.
         mount_options: of the carve-out's mount; None: not mounted.
         has_user: whether the user of the host updater exists.
+        kexec_disabled: whether this kernel loads no other one any more (``kernel.kexec_load_disabled``).
     """
 
     command_line: str
@@ -73,6 +74,7 @@ class PreparationFacts(msgspec.Struct, frozen=True, kw_only=True):
     device_uuid: str | None
     mount_options: str | None
     has_user: bool = True
+    kexec_disabled: bool = False
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,7 +108,7 @@ def steps(wanted: WantedPreparation, facts: PreparationFacts, own_files: Mapping
     Args:
         own_files: place to text of what is the same on every host.
     """
-    found = [_packages(wanted, facts)]
+    found = [_packages(wanted, facts), _loadable(facts)]
     settings = settings_text(wanted)
     files = {SETTINGS: settings, **own_files}
     if without_hook(wanted, facts):
@@ -153,6 +155,17 @@ def _packages(wanted: WantedPreparation, facts: PreparationFacts) -> Step:
         about="programs that load a kernel, make an initramfs and a file system",
         done=not missing,
         remedy=remedy,
+    )
+
+
+def _loadable(facts: PreparationFacts) -> Step:
+    return Step(
+        name="loadable",
+        about="the running kernel lets another one be loaded",
+        done=not facts.kexec_disabled,
+        remedy="kernel.kexec_load_disabled is 1 until the next boot: take it out of /etc/sysctl.conf and /etc/sysctl.d, then reboot once"
+        if facts.kexec_disabled
+        else "",
     )
 
 

@@ -16,8 +16,11 @@ from caesura_nested_host.guests import MEMORY, GuestPause, guest_pause
 from caesura_nested_host.image import CARVE_OUT, Image
 from caesura_nested_host.machine import FIRST, SECOND, CommandFailed, HostEnded, NestedHost
 
+SLOW = frozenset(("prepare_failed", "freeze_failed"))
+"""Codes of a host whose guests stayed in the old kernel since their QEMU was too slow: nothing is quick in the emulation of a busy machine."""
 _FIGURES = "/var/lib/caesura/host-updater/kexec-figures.json"
 _GUESTS = {"a": FIRST, "b": SECOND}
+_ACCOUNT_S = 60.0  # s: for the shell of a host that may hang
 _LINES = {FIRST: "/dev/ttyS2", SECOND: "/dev/ttyS3"}
 
 
@@ -158,9 +161,8 @@ class FleetHost:
         since = self.machine.begin(f"caesura host rehearse-kexec {self.image.new} --yes --watchdog 0")
         self.machine.wait_shell(since=since)
         self.start_updater(figure_s=None)
-        figures = (
-            'until found=$(caesura host kernel-figures --json 2>/dev/null); do sleep 1; done; echo "$found"'
-        )
+        # Each start of a Python there takes seconds from what is waited for, so only one is.
+        figures = f"until [ -s {_FIGURES} ]; do sleep 1; done; caesura host kernel-figures --json"
         return msgspec.convert(self.machine.json(figures), list[KernelFigure])[0]
 
     def ready(self, fleet_view: FleetView) -> bool:
@@ -176,13 +178,24 @@ class FleetHost:
         well = not found.kernel.problems and len(found.kernel.figures) > 0
         return well and all(vm.state == "running" and "kexec" in vm.methods for vm in found.vms)
 
-    def journal(self) -> str:
-        """What the services of a host said, for failure reports."""
+    def clock_offset_s(self) -> tuple[float, float]:
+        """Its CLOCK_REALTIME minus this machine's, seconds: at least, and at most. Blocking.
+
+        Raises:
+            CommandFailed, HostEnded, TimeoutError: it does not say.
+        """
+        before = time.time()
+        there = float(self.machine.run("date +%s.%N").split()[-1])
+        return there - time.time(), there - before
+
+    def account(self) -> str:
+        """What was last seen of the host, and what its services said, for failure reports. Blocking."""
         wanted = "journalctl --no-pager -o short-monotonic -u caesura-host-updater -u caesura-pause-guard -u caesura-arrive"
         try:
-            return self.machine.run(f"{wanted} | tail -60 | cut -c1-800", patience_s=120, check=False)
+            said = self.machine.run(f"{wanted} | tail -60 | cut -c1-800", patience_s=_ACCOUNT_S, check=False)
         except (CommandFailed, HostEnded, TimeoutError) as error:
-            return str(error)
+            said = f"its shell does not answer: {str(error).splitlines()[0]}"
+        return f"\n== {self.name}: its serial lines\n{self.machine.last_lines()}\n== {self.name}: its services\n{said}"
 
     def until_guests_beat(self) -> None:
         """Wait until each has compared its memory, and beats."""

@@ -263,6 +263,9 @@ def _local_changes(tree: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
         target.chmod(0o755 if source.suffix in ("", ".hook", ".sh") else 0o644)
+    # On the disk it is found torn after each change of the kernel, and put aside.
+    (tree / "etc/systemd/journald.conf.d").mkdir(exist_ok=True)
+    (tree / "etc/systemd/journald.conf.d/rig.conf").write_text("[Journal]\nStorage=volatile\n")
     (units / "sysinit.target.wants").mkdir(exist_ok=True)
     (units / "sysinit.target.wants/rig-shell.service").symlink_to("../rig-shell.service")
     (units / "multi-user.target.wants").mkdir(exist_ok=True)

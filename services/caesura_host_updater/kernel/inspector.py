@@ -161,6 +161,7 @@ class KernelInspector:
             # A cluster of which one node is here has others, while this kernel is replaced.
             broker_here=self._broker_hosts[0] if all(map(_is_here, self._broker_hosts)) else "",
             foreign_guests=_foreign_guests(proc),
+            rtc_is_local=_optional(self._root / "etc/adjtime").splitlines()[2:3] == ["LOCAL"],
         )
         # What was measured on the shorter way says nothing of the longer one.
         early = self._options.early

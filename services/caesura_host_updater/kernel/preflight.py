@@ -43,6 +43,8 @@ class KernelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """The broker's address, where that is this host's."""
     foreign_guests: tuple[str, ...] = ()
     """VMMs on this host that no host updater has started."""
+    rtc_is_local: bool = False
+    """Whether the RTC is said to be in local time: third line of ``/etc/adjtime``, hwclock(8)."""
 
 
 def obstacles(facts: KernelFacts) -> Iterator[str]:
@@ -55,6 +57,12 @@ def obstacles(facts: KernelFacts) -> Iterator[str]:
     if state is None or state.kind in _VOLATILE:
         kind = state.kind if state is not None else "no mount"
         yield f"the state folder {facts.state_dir} ({kind}) does not outlive a kernel: put CAESURA_HOST_UPDATER_STATE_DIR on a disk"
+    if facts.rtc_is_local:
+        # systemd, src/core/main.c: "RTC configured in localtime, applying delta of %i minutes to system time".
+        yield (
+            "the RTC is in local time (/etc/adjtime): systemd would move the clock by hours after the guests were resumed: "
+            "timedatectl set-local-rtc 0"
+        )
     if facts.guard_capabilities is None:
         yield "the pause guard, which leaves the kernel, cannot be seen: is caesura-pause-guard.service up?"
     elif not facts.guard_capabilities >> CAP_SYS_BOOT & 1:

@@ -7,7 +7,6 @@ What is asserted of the guests comes from their serial lines, read with this mac
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,27 +16,20 @@ from urllib.parse import urlsplit
 import pytest
 
 from caesura.contract import messages as m
-from caesura_nested_host.fleet_host import FleetHost
-from caesura_nested_host.image import Image, NoImage, build, missing
+from caesura_nested_host.fleet_host import SLOW, FleetHost
+from caesura_nested_host.image import Image
 from caesura_nested_host.machine import running
-from caesura_testing.nested_guests import SLOW, assert_continued
+from caesura_testing.nested_guests import (
+    ROLLOUT_S,
+    STEP_S,
+    TEST_S,
+    TRIES,
+    assert_clock_kept,
+    assert_continued,
+    until_ready,
+)
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
-
-_PATIENCE_S = 600.0
-"""For a boot of a busy machine's emulation."""
-_TRIES = 6
-"""Rollouts, where guests are not saved in time."""
-
-
-@pytest.fixture(scope="module")
-def image() -> Image:
-    if why := missing():
-        pytest.skip(why)
-    try:
-        return build(uv=os.environ.get("UV", "uv"))
-    except NoImage as error:
-        pytest.fail(str(error))
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(TEST_S)]
 
 
 async def test_two_hosts_go_to_the_new_kernel_and_one_of_them_back(
@@ -51,21 +43,14 @@ async def test_two_hosts_go_to_the_new_kernel_and_one_of_them_back(
         try:
             await asyncio.gather(*(asyncio.to_thread(each.prepare, port) for each in hosts))
             await asyncio.gather(*(asyncio.to_thread(each.start_updater) for each in hosts))
-            await until_ready(stage, hosts)
+            await until_ready(stage, *hosts)
             await roll(stage, hosts, "kernel-new", image.new)
             # Back is a rollout like any other.
             await roll(stage, hosts[:1], "kernel-old", image.old)
         except BaseException:
             for host in hosts:
-                print(f"\n== {host.name}\n{await asyncio.to_thread(host.journal)}")
+                print(await asyncio.to_thread(host.account))
             raise
-
-
-async def until_ready(stage: Any, hosts: Sequence[FleetHost]) -> None:
-    await stage.sandbox.until(
-        lambda: all(host.ready(stage.fleet_view) for host in hosts), _PATIENCE_S, "hosts, guards and guests"
-    )
-    await asyncio.gather(*(asyncio.to_thread(each.until_guests_beat) for each in hosts))
 
 
 async def roll(stage: Any, hosts: Sequence[FleetHost], update: str, release: str) -> None:
@@ -75,6 +60,7 @@ async def roll(stage: Any, hosts: Sequence[FleetHost], update: str, release: str
     that was not prepared or saved in time, so that it continued in the old kernel. They halt the rollout; another one takes the rest.
     """
     left = {host.name: host for host in hosts}
+    clocks = {host.name: await asyncio.to_thread(host.clock_offset_s) for host in hosts}
     tries = 0
     while left:
         tries += 1
@@ -83,10 +69,10 @@ async def roll(stage: Any, hosts: Sequence[FleetHost], update: str, release: str
             update,
             selection=m.Selection(hosts=tuple(left)),
             budget_s=30.0,
-            verify_timeout_s=600.0,
+            verify_timeout_s=STEP_S,
             on_unsynced="proceed",
         )
-        state = await stage.ended(rollout, timeout_s=len(left) * _PATIENCE_S)
+        state = await stage.ended(rollout, timeout_s=ROLLOUT_S)
         print(f"\n{update}: {state.status} {state.codes} {state.reason} in {time.monotonic() - begun:.0f} s")
         for report in await stage.reports(rollout):
             host = left[report.host]
@@ -96,13 +82,15 @@ async def roll(stage: Any, hosts: Sequence[FleetHost], update: str, release: str
             assert {vm.state for vm in report.vms} == {"running"}
             await asyncio.to_thread(assert_continued, host, begun, release)
             if SLOW & set(report.codes):
-                assert tries < _TRIES, report.reason
+                assert tries < TRIES, report.reason
                 continue
             assert report.status == "completed" or set(report.codes) == {"pause_over_budget"}, report
+            assert all(f"under kernel {release} by the initramfs" in vm.detail for vm in report.vms), report
             assert (await asyncio.to_thread(host.machine.run, "uname -r")).strip() == release
+            await asyncio.to_thread(assert_clock_kept, host, clocks[host.name])
             del left[report.host]
         if state.status == "completed":
             assert not left
         else:
             await stage.give_up(rollout)
-        await until_ready(stage, hosts)
+        await until_ready(stage, *hosts)

@@ -46,6 +46,7 @@ procfs.BOOT_ID = sys.argv[1]
 from caesura_pause_guard import arrival
 arrival.carve_out_error = lambda path: sys.argv[2]
 arrival._SOCKETS = sys.argv[1] + "-sockets"
+arrival.kvm_device.make_ready = lambda log: None
 from caesura_pause_guard.__main__ import main
 sys.exit(main(sys.argv[3:]))
 """
@@ -532,6 +533,8 @@ def test_root_carries_out_nothing_of_another_user_as_root(host: Host, trick: str
         lines = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
         assert lines["Uid"].split() == [str(NOBODY)] * 4
         assert "0" not in lines["Groups"].split()
+        files = Path(f"/proc/{pid}/limits").read_text().split("Max open files")[1].split()
+        assert int(files[0]) >= 8192, "an initramfs has 1,024"
     assert sockets.stat().st_uid == NOBODY
     if trick in ("none", "root's plan"):
         assert code == 0

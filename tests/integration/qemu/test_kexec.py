@@ -11,12 +11,12 @@ import pytest
 
 from caesura_host_updater.drivers.port import NotRunningYet
 from caesura_host_updater.drivers.qemu import driver as driver_module
-from caesura_host_updater.drivers.qemu import kexec_obstacles, supervisor
+from caesura_host_updater.drivers.qemu import kexec_obstacles, migration, supervisor
 from caesura_host_updater.drivers.qemu.definition import Definition
 from caesura_host_updater.drivers.qemu.process_records import Records
 from caesura_host_updater.inventory.kernel_options import KernelOptions
 from caesura_pause_guard import arrival
-from caesura_vmcontrol import boot_counters, procfs, qemu_replace, ram_places
+from caesura_vmcontrol import boot_counters, kvm_device, procfs, qemu_replace, ram_places
 from caesura_vmcontrol.intent import Intent, IntentFile
 from caesura_vmcontrol.kernel_change import ClockPair, KernelChange, Left
 
@@ -39,6 +39,7 @@ def carve_out(rig: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(kexec_obstacles, "dax_error", lambda _: "")
     for module in (arrival, supervisor):
         monkeypatch.setattr(module, "carve_out_error", lambda _: "")
+    monkeypatch.setattr(kvm_device, "make_ready", lambda _: None)
     monkeypatch.setitem(
         rig.build.__func__.__globals__, "QemuDriver", lambda *a, **k: real(*a, **k, kernel=kernel)
     )
@@ -100,6 +101,19 @@ async def test_another_boot_has_the_guest(
     await rig.only(tools.pid_of(driver, "a"))
     assert list((carve_out / "ram").rglob("*.ram")), "its memory is there"
     assert driver.health_error("a") == ""
+
+
+async def test_what_ends_on_a_disk_is_not_given_up_as_a_hand_over_is(
+    rig: Any, tools: Any, carve_out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two processes it takes milliseconds; a disk that is busy, and its host, may need the freeze's whole time."""
+    monkeypatch.setattr(migration, "_HAND_OVER_S", 0.0)
+    driver = await rig.open({"a": SMALL}, ram_dir=f"{carve_out}/ram")
+    await driver.prepare("a", "op-1", "kexec", "")
+    await driver.checkpoint("a", tools.soon())
+    assert rig.processes() == []
+    assert await driver.resume("a", 10.0) == "running"
+    await driver.release("a")
 
 
 async def test_a_guest_that_is_given_up_is_gone_for_its_driver(

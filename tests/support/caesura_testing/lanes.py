@@ -129,7 +129,17 @@ LANES = {
         """
         why=$(python -m caesura_nested_host.image --missing) || { echo "SKIPPED: $why"; exit 77; }
         python -m caesura_nested_host.image
-        pytest -q -s tests/e2e/kexec
+        pytest -q -rP -n 2 --dist load tests/e2e/kexec
+        """,
+        named=True,
+        alone=True,
+    ),
+    "kexec-all": Lane(
+        "the same with every fallback and the arrival by a unit",
+        """
+        why=$(python -m caesura_nested_host.image --missing) || { echo "SKIPPED: $why"; exit 77; }
+        python -m caesura_nested_host.image
+        CAESURA_TEST_KEXEC=all pytest -q -rP -n 2 --dist load tests/e2e/kexec
         """,
         named=True,
         alone=True,

@@ -237,6 +237,15 @@ def test_a_mount_without_dax_is_named(host: _Host) -> None:
     assert "without DAX" in step.remedy
 
 
+@pytest.mark.parametrize(("value", "done"), [("0", True), ("1", False)])
+def test_a_kernel_that_loads_no_other_one_is_named(host: _Host, value: str, *, done: bool) -> None:
+    host.boot("memmap=4G!8G panic=5")
+    host.put("proc/sys/kernel/kexec_load_disabled", f"{value}\n")
+    step = next(step for step in host.steps(_wanted()) if step.name == "loadable")
+    assert step.done is done
+    assert ("kexec_load_disabled" in step.remedy) is not done
+
+
 def test_lines_of_ours_are_replaced_in_their_place() -> None:
     first = with_block(
         "a\n", "# begin of caesura host prepare-kexec\nold\n# end of caesura host prepare-kexec\n"

@@ -84,6 +84,7 @@ def test_nothing_is_in_the_way() -> None:
         ({"guard_capabilities": 0x1FF}, "CAP_SYS_BOOT"),
         ({"services": ("caesura-coordinator", "mosquitto")}, "caesura-coordinator, mosquitto on this host"),
         ({"broker_here": "10.0.0.1"}, "the broker 10.0.0.1 is on this host"),
+        ({"rtc_is_local": True}, "the RTC is in local time"),
     ],
 )
 def test_each_obstacle_is_named(changes: dict[str, object], words: str) -> None:
@@ -256,6 +257,18 @@ async def test_guests_that_are_not_ours_are_seen(
     (problem,) = one.record.problems
     assert problem.startswith("qemu-system-x86 (pid 21) is not a VM of this host updater")
     assert "(pid 21)" in await one.error(NEW, 30.0)
+
+
+@pytest.mark.parametrize(("mode", "problems"), [("UTC", 0), ("LOCAL", 1)])
+async def test_an_rtc_in_local_time_is_seen(
+    readiness: Callable[..., KernelInspector], root: Path, mode: str, problems: int
+) -> None:
+    (root / "etc").mkdir()
+    (root / "etc/adjtime").write_text(f"0.0 0 0.0\n0\n{mode}\n")
+    one = readiness()
+    await one.look()
+    assert one.record is not None
+    assert len(one.record.problems) == problems
 
 
 async def test_a_guest_that_is_being_started_is_ours_when_its_environment_is_there(

@@ -189,7 +189,8 @@ class Migrator:
             raise FreezeFailed(guest.vm, "it was too late to begin")
         try:
             await self._begin(guest, prepared, qmp, CAPABILITIES)
-            limit = min(by, called_at + _HAND_OVER_S)
+            # What must outlive the kernel ends on a disk, which may need the whole time.
+            limit = by if prepared.plan.across is not None else min(by, called_at + _HAND_OVER_S)
             with self._boost((prepared.plan.old.pid,)):
                 await save_state(qmp, prepared.plan, limit, gone=gone, moved_bytes=prepared.moved_bytes)
         except (HandOverFailed, QmpFailed, OSError) as error:

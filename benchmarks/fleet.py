@@ -26,6 +26,7 @@ from statistics import median
 from typing import Any
 
 import structlog
+from scripted_hosts import Host, filters_of, record_of
 from storms import Storms
 
 from caesura.bus.memory import MemoryBroker, MemoryBus
@@ -33,7 +34,6 @@ from caesura.bus.messaging import MessageClient
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.topics import channel_of
-from caesura.lifecycle.command_compatibility import COMMANDS
 from caesura_coordinator.service import Coordinator, subscriptions
 from caesura_coordinator.shared_store import SharedStore, working_copy
 from caesura_coordinator.store import MIGRATIONS, CoordinatorStore
@@ -45,9 +45,6 @@ _VERDICT_MOST_MS = 100.0
 _STORES_MOST = 2.0
 _STEP_MOST_MS = 50.0
 _PATIENCE_S = 900.0
-_UPDATE = m.UpdateRecord(
-    update="bench", version="1", impact="pause", scope="host", expected_s=2.0, timeout_s=9.0
-)
 _of_coordinator: contextvars.ContextVar[Steps | None] = contextvars.ContextVar("steps", default=None)
 
 
@@ -104,147 +101,6 @@ def timed_tasks(
     return asyncio.Task(run(), loop=loop, **options)
 
 
-class Host:
-    """One host that obeys at once: a client of its own."""
-
-    def __init__(
-        self, world: World, name: str, records: tuple[m.VmRecord, ...], places: dict[str, int]
-    ) -> None:
-        start, abort = channel_of(m.StartOperation), channel_of(m.AbortOperation)
-        filters = [
-            start.filter(host=name),
-            abort.filter(host=name),
-            channel_of(m.CoordinatorPresence).filter(),
-        ]
-        self.world = world
-        self.name = name
-        self.records = records
-        self.places = places
-        self.bus = MemoryBus(world.broker, client_id=name, filters=filters)
-        self.post = MessageClient(self.bus, f"/caesura/bench/host/{name}")
-        self.post.subscribe(m.CoordinatorPresence, self._epoch)
-        self.post.subscribe(m.StartOperation, self._start)
-        self.epoch, self.coordinator = 1, "none"
-        self.done: set[str] = set()
-
-    def inventory(self, operation: str = "") -> m.HostInventory:
-        """What it says it has."""
-        records = self.records
-        if operation:
-            records = tuple(
-                m.VmRecord(
-                    **{**{name: getattr(each, name) for name in each.__struct_fields__}, "state": "paused"}
-                )
-                for each in records
-            )
-        return m.HostInventory(
-            host=self.name,
-            driver="process",
-            epoch=self.epoch,
-            coordinator=self.coordinator,
-            vms=records,
-            updates=(_UPDATE,),
-            operation=operation,
-            guard="ready",
-            commands=COMMANDS,
-        )
-
-    async def report_in(self) -> None:
-        """Be on the bus."""
-        await self.post.send(m.HostPresence(host=self.name, online=True, instance="i"), host=self.name)
-        await self.post.send(self.inventory(), host=self.name)
-
-    async def _epoch(self, claimed: m.CoordinatorPresence, _: Received) -> None:
-        if claimed.online and claimed.epoch > self.epoch:
-            self.epoch, self.coordinator = claimed.epoch, claimed.coordinator
-            await self.post.send(self.inventory(), host=self.name)
-
-    async def _start(self, command: m.StartOperation, _: Received) -> None:
-        if command.operation in self.done:
-            return
-        self.done.add(command.operation)
-        await self._report(command, "accepted")
-        await self.post.send(self.inventory(command.operation), host=self.name)
-        for each in command.targets:
-            where = {"host": self.name, "set": each.set, "ud": each.update_domain, "vm": each.vm}
-            frozen = m.VmFrozen(
-                **self._named(each, command), method="freeze", budget_s=command.budget_s, at=datetime.now(UTC)
-            )
-            await self.post.send(frozen, **where)
-        for each in command.targets:
-            where = {"host": self.name, "set": each.set, "ud": each.update_domain, "vm": each.vm}
-            resumed = m.VmResumed(
-                **self._named(each, command),
-                method="freeze",
-                budget_s=command.budget_s,
-                pause_s=2.0,
-                within_budget=True,
-                resumed_by="updater",
-                at=datetime.now(UTC),
-            )
-            await self.post.send(resumed, **where)
-        await self.post.send(self.inventory(), host=self.name)
-        for each in command.targets:
-            where = {"host": self.name, "set": each.set, "ud": each.update_domain, "vm": each.vm}
-            clock = m.VmClockSynced(
-                vm=each.vm,
-                host=self.name,
-                set=each.set,
-                update_domain=each.update_domain,
-                operation=command.operation,
-                synced=True,
-                by="agent",
-                error_before_s=-2.0,
-                error_after_s=0.0003,
-                memory=m.MemoryProof(proof="heartbeat", ok=True, held=("not_rebooted", "canary_equal")),
-                at=datetime.now(UTC),
-            )
-            await self.post.send(clock, **where)
-        await self.world.before_last_report(command)
-        await self._report(command, "completed")
-
-    def _named(self, target: m.OperationTarget, command: m.StartOperation) -> dict[str, Any]:
-        return {
-            "vm": target.vm,
-            "host": self.name,
-            "set": target.set,
-            "update_domain": target.update_domain,
-            "operation": command.operation,
-        }
-
-    async def _report(self, command: m.StartOperation, status: Any) -> None:
-        results: tuple[m.VmResult, ...] = ()
-        if status == "completed":
-            memory = m.MemoryProof(proof="digest", ok=True, held=("digest_equal", "not_rebooted"))
-            results = tuple(
-                m.VmResult(
-                    vm=each.vm,
-                    set=each.set,
-                    update_domain=each.update_domain,
-                    state="running",
-                    frozen=True,
-                    pause_s=2.0,
-                    resumed_by="updater",
-                    memory=memory,
-                )
-                for each in command.targets
-            )
-        report = m.OperationReported(
-            operation=command.operation,
-            host=self.name,
-            epoch=self.epoch,
-            rollout=command.rollout,
-            wave=command.wave,
-            status=status,
-            vms=results,
-            update=m.UpdateOutcome(update="bench", outcome="succeeded", seconds=2.0) if results else None,
-            at=datetime.now(UTC),
-        )
-        await self.post.send(report, host=self.name)
-        if results:
-            self.world.last_report(command)
-
-
 class World:
     """The fleet on one broker, and one rollout over all of it."""
 
@@ -279,22 +135,14 @@ class World:
         self.planned = asyncio.Event()
         of_host: dict[str, list[m.VmRecord]] = {}
         for vm, group, domain, host in layout.vms:
-            record = m.VmRecord(
-                vm=vm,
-                set=group,
-                update_domain=domain,
-                state="running",
-                methods=("live", "freeze"),
-                clock="simulated",
-                proofs={"freeze": ("digest_equal", "not_rebooted")},
-            )
+            record = record_of(vm, group, domain)
             of_host.setdefault(host, []).append(record)
             self._hosts_of_wave.setdefault(domain, 0)
         for host in of_host:
             self._hosts_of_wave[int(host.split("-")[1])] += 1
         self._to_report = dict(self._hosts_of_wave)
         self._waiting = dict(self._hosts_of_wave)
-        self.hosts = [Host(self, name, tuple(records), {}) for name, records in of_host.items()]
+        self.hosts = [self._host(name, tuple(records)) for name, records in of_host.items()]
         kinds = (m.SetDocument, m.WaveChanged, m.RequestAnswered, m.PlanPart)
         self.bus = MemoryBus(
             self.broker, client_id="guests", filters=[channel_of(each).filter() for each in kinds]
@@ -306,6 +154,13 @@ class World:
         self._seen: set[str] = set()
         self.coordinator: Coordinator | None = None
         self.messages = 0
+
+    def _host(self, name: str, records: tuple[m.VmRecord, ...]) -> Host:
+        """A client of its own."""
+        host = Host(MemoryBus(self.broker, client_id=name, filters=filters_of(name)), name, records, self)
+        host.post.subscribe(m.CoordinatorPresence, host.on_epoch)
+        host.post.subscribe(m.StartOperation, host.on_start)
+        return host
 
     # -- what guests and workloads do --
 
@@ -509,6 +364,7 @@ examples:
   python benchmarks/fleet.py --vms 500 --vms 2000 --json
   python benchmarks/fleet.py --vms 2000 --no-verdict --profile
   python benchmarks/fleet.py --stores 5
+  python benchmarks/fleet.py --mosquitto --vms 10000 --kill
 
 exit codes: 0 all targets were met, 1 one was missed, 2 bad usage""",
     )
@@ -530,6 +386,22 @@ exit codes: 0 all targets were met, 1 one was missed, 2 bad usage""",
         default=0,
         help="instead: one wave with the store in SQLite and in PostgreSQL by turns, so often each",
     )
+    parser.add_argument(
+        "--mosquitto",
+        action="store_true",
+        help="instead: one fleet over a real Mosquitto, its coordinator a process of its own, its store in SQLite",
+    )
+    parser.add_argument(
+        "--kill",
+        action="store_true",
+        help="with --mosquitto: two coordinators on a PostgreSQL; the leader is killed in each tenth wave",
+    )
+    parser.add_argument(
+        "--connections",
+        type=int,
+        default=200,
+        help="with --mosquitto: connections that carry the hosts and agents (%(default)s)",
+    )
     parser.add_argument("--no-verdict", action="store_true", help="do not time the verdict")
     parser.add_argument(
         "--profile", action="store_true", help="print where the time goes; times are larger then"
@@ -545,6 +417,8 @@ def main() -> int:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     if options.stores:
         return _stores(options)
+    if options.mosquitto:
+        return _on_mosquitto(options)
     fleets = []
     for vms in options.vms or [500, 2000, 10_000]:
         hosts = -(-vms // options.domains // _PER_HOST) * options.domains
@@ -595,6 +469,35 @@ def _stores(options: argparse.Namespace) -> int:
             f"{told['cpu_ratio']:.2f} x the processor time; longest step {told['longest_step_cpu_ms']:.0f} ms of processor time (at most {_STEP_MOST_MS:.0f})"
         )
     return int(told["rollout_ratio"] > _STORES_MOST or told["longest_step_cpu_ms"] > _STEP_MOST_MS)
+
+
+def _on_mosquitto(options: argparse.Namespace) -> int:
+    from fleet_on_broker import measure as measure_on_broker  # noqa: PLC0415 - it needs aiohttp and PostgreSQL
+
+    (vms,) = options.vms or [10_000]
+    hosts = -(-vms // options.domains // _PER_HOST) * options.domains
+    sets = max(1, vms // options.per_set)
+    told = asyncio.run(
+        measure_on_broker(
+            vms, sets, options.domains, hosts, connections=options.connections, kills=options.kill
+        )
+    )
+    if options.json:
+        print(json.dumps(told, indent=2))
+    else:
+        print(
+            f"{told['vms']:,.0f} VMs on {told['hosts']:,.0f} hosts over {told['connections']} connections to a Mosquitto, {told['waves']} waves: "
+            f"{told['rollout_s']:.0f} s, coordinators {told['cpu_s']:.1f} s of processor time and {told['memory_mb']:.0f} MB; "
+            f"command to acceptance {told['accepted_median_s'] * 1000:.0f} ms (median), {told['accepted_p99_s'] * 1000:.0f} ms (99 %); "
+            f"longest step {told['longest_step_cpu_ms']:.0f} ms of processor time (at most {_STEP_MOST_MS:.0f}): {told['longest_step']}"
+        )
+        if options.kill:
+            print(f"{told['kills']} kills of the leader, the next one's claim after {told['took_over_s']} s")
+        else:
+            print(
+                f"{told['messages_per_s']:,.0f} messages a second received and published by the coordinator"
+            )
+    return int(told["longest_step_cpu_ms"] > _STEP_MOST_MS)
 
 
 def _print(figures: dict[str, float]) -> None:

@@ -31,8 +31,8 @@ def _now() -> list[Panel]:
     return [
         number(
             "Alerts",
-            "Firing alerts of the rules in deploy/prometheus/rules.",
-            Ask('count(ALERTS{alertstate="firing", alertname=~"Caesura.+"}) or vector(0)'),
+            "Firing alerts of the rules in deploy/prometheus/rules, of this fleet or of none.",
+            Ask('count(ALERTS{alertstate="firing", alertname=~"Caesura.+", fleet=~"|$fleet"}) or vector(0)'),
             steps=NONE_WANTED,
         ),
         number(
@@ -82,7 +82,7 @@ def _services() -> list[Panel]:
         rows(
             "Firing alerts",
             "The alerts firing now; each alert's page in docs/operate/runbooks says what to do.",
-            Ask('ALERTS{alertstate="firing", alertname=~"Caesura.+"}'),
+            Ask('ALERTS{alertstate="firing", alertname=~"Caesura.+", fleet=~"|$fleet"}'),
             size=Size(12, 8),
             columns={
                 "alertname": "Alert",

@@ -20,7 +20,7 @@ def link_to_domain(set_label: str, domain_label: str) -> dashboard.DashboardLink
         dashboard.DashboardLink("This update domain")
         .type(dm.DashboardLinkType.LINK)
         .url(
-            f"/d/{DOMAIN_UID}?var-datasource=${{datasource}}"
+            f"/d/{DOMAIN_UID}?var-datasource=${{datasource}}&var-fleet=${{fleet:percentencode}}"
             f"&var-set=${{{set_label}:percentencode}}&var-update_domain=${{{domain_label}:percentencode}}"
             "&${__url_time_range}"
         )
@@ -70,9 +70,11 @@ def choice(
 
 
 def scrape_choices(metric: str, *matchers: str) -> list[dashboard.QueryVariable]:
-    """``job`` and ``instance``, from a metric."""
+    """``fleet``, and ``job`` and ``instance`` from a metric."""
     of_job = (*matchers, 'job=~"$job"')
     return [
+        # One at a time: sets of two fleets may have the same name.
+        choice("fleet", "Fleet", "caesura_bus_connected", several=False, description="Fleet of hosts."),
         choice("job", "Job", metric, matchers, several=True, description="Prometheus job."),
         choice("instance", "Instance", metric, of_job, several=True, description="Scraped address."),
     ]

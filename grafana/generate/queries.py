@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-SCRAPED = ('job=~"$job"', 'instance=~"$instance"')
+_TARGETS = ('job=~"$job"', 'instance=~"$instance"')
 """Matchers that every query carries, as Grafana's linter requires: they select among several exporters."""
-OURS = (*SCRAPED, 'job=~"caesura-.+"')
-"""For metrics that Prometheus has of every target: not all jobs belong to Caesura."""
+SCRAPED = (*_TARGETS, 'fleet="$fleet"')
+"""For metrics of services, which have the name of their fleet."""
+OURS = (*_TARGETS, 'job=~"caesura-.+"')
+"""For metrics that Prometheus has of every target: not all jobs belong to Caesura, and none says its fleet."""
 SETS = (*SCRAPED, 'set=~"$set"')
 DOMAIN = (*SCRAPED, 'set="$set"', 'update_domain="$update_domain"')
 

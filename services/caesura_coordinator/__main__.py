@@ -5,12 +5,13 @@ from __future__ import annotations
 from caesura.runtime.interrupt import QuietInterrupt
 
 with QuietInterrupt():
+    import asyncio
     import sys
 
     from prometheus_client import CollectorRegistry
 
     from caesura.bus.mqtt import MqttBus
-    from caesura.bus.options import check_broker, options_from
+    from caesura.bus.options import check_broker, options_from, parse_addresses
     from caesura.bus.rates import Rates
     from caesura.runtime.command import leaves, run_service
     from caesura.runtime.health import serve_health
@@ -24,7 +25,7 @@ with QuietInterrupt():
     from caesura_coordinator.metrics import CoordinatorCollector
     from caesura_coordinator.service import Coordinator, subscriptions
     from caesura_coordinator.settings import CoordinatorSettings
-    from caesura_coordinator.shared_store import SharedStore, working_copy
+    from caesura_coordinator.shared_store import SharedStore, hold_off_s, working_copy
     from caesura_coordinator.store import CoordinatorStore
     from caesura_coordinator.store_options import check_store, is_shared, shared_rows
 
@@ -40,11 +41,14 @@ async def run(settings: CoordinatorSettings) -> None:
         if is_shared(settings):
             await _run_shared(settings)
         else:
-            await _serve(settings, CoordinatorStore(f"{settings.state_dir}/coordinator.sqlite"), None)
+            store = CoordinatorStore(f"{settings.state_dir}/coordinator.sqlite")
+            await _serve(settings, store, None, stop=asyncio.Event())
 
 
 async def _run_shared(settings: CoordinatorSettings) -> None:
-    """Stand by, lead, and stand by again once another coordinator leads or the store is lost."""
+    """Stand by, lead, and stand by again once another coordinator leads or the store is lost; until a signal."""
+    stop = asyncio.Event()
+    losses = 0
     while True:
         store, copy = working_copy()
         shared = SharedStore(
@@ -53,20 +57,26 @@ async def _run_shared(settings: CoordinatorSettings) -> None:
             shared_rows(settings, copy.columns),
             name=settings.instance,
             lease_s=settings.lease_s,
+            hold_off_s=hold_off_s(losses),
         )
         try:
-            await _serve(settings, store, shared)
+            await _serve(settings, store, shared, stop=stop)
         except BaseExceptionGroup as group:
             found = leaves(group)
             if not all(isinstance(each, StoreLost | LeadershipLost) for each in found):
                 raise
             for each in dict.fromkeys(map(str, found)):
-                _log.error("coordinator.stands_by", why=each)
+                _log.error("coordinator.stops" if stop.is_set() else "coordinator.stands_by", why=each)
+            if stop.is_set():
+                return  # both at once, as when a machine shuts down
+            losses = 0 if shared.steady else losses + 1
         else:
             return
 
 
-async def _serve(settings: CoordinatorSettings, store: CoordinatorStore, shared: SharedStore | None) -> None:
+async def _serve(
+    settings: CoordinatorSettings, store: CoordinatorStore, shared: SharedStore | None, *, stop: asyncio.Event
+) -> None:
     bus = MqttBus(
         options_from(settings, client_id=settings.instance, clean=False),
         filters=subscriptions(),
@@ -81,6 +91,7 @@ async def _serve(settings: CoordinatorSettings, store: CoordinatorStore, shared:
         fleet=settings.fleet,
         shared=shared,
         ignore_retained=settings.broker_retained == "ignored",
+        bus_label=",".join(map(str, parse_addresses(settings.broker_url))),
     )
     bus.peers = coordinator.known
     registry = CollectorRegistry()
@@ -91,8 +102,8 @@ async def _serve(settings: CoordinatorSettings, store: CoordinatorStore, shared:
         "outbox": coordinator.publisher.ping,
     }
     try:
-        async with serve_health(settings.health_listen, pings, registry):
-            await serve(coordinator.tasks(), drain=coordinator.drain)
+        async with serve_health(settings.health_listen, pings, registry, fleet=settings.fleet):
+            await serve(coordinator.tasks(), drain=coordinator.drain, stop=stop)
     finally:
         coordinator.commits.close()
 

@@ -71,6 +71,7 @@ class FleetLookup:
         commanded: maps a host to an operation that it was commanded and has not answered: its inventory may not show it yet.
         contested: for a plan: the VMs that are left as they are because their host is ambiguous.
         incomplete: maps a host to its newest inventory, of which parts are missing: the state of its VMs is not known. It may change, like the state.
+        other_fleets: maps a host that says it is of another fleet to that fleet. It may change, like the state.
         grace_until: after an outage of the broker, agents that are retained as online may still be reconnecting until then.
     """
 
@@ -83,9 +84,11 @@ class FleetLookup:
         grace_until: datetime | None = None,
         incomplete: Mapping[str, HostInventory] | None = None,
         places: _Places | None = None,
+        other_fleets: Mapping[str, str] | None = None,
     ) -> None:
         self.state = state
         self.incomplete: Mapping[str, HostInventory] = incomplete if incomplete is not None else {}
+        self.other_fleets: Mapping[str, str] = other_fleets if other_fleets is not None else {}
         self.contested: Mapping[str, Contested] = contested or {}
         self.grace_until = grace_until
         self._commanded = commanded
@@ -118,6 +121,7 @@ class FleetLookup:
             grace_until=grace_until or self.grace_until,
             incomplete=self.incomplete,
             places=self._places,
+            other_fleets=self.other_fleets,
         )
 
     @property

@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
+from caesura.contract.envelope import fleet_of
 from caesura.fleet.fold import Changes, apply
 from caesura.fleet.state import FleetState
 from caesura.runtime.logs import get_logger
@@ -27,6 +28,7 @@ ABOVE_OURS = (
     "nothing is paused in its sets. Is another coordinator running? If not, restart this one: it claims a higher epoch. If "
     "that does not help, see 'An epoch that nobody claimed' in docs/operate/runbooks/epoch.md"
 )
+ONE_BROKER_EACH = "nothing is planned on it. Each fleet has a broker of its own; if it is of this one, set the same CAESURA_..._FLEET"
 _log = get_logger("caesura.coordinator")
 
 
@@ -37,7 +39,9 @@ class ObservedFleet:
         self.state = FleetState()
         self.incomplete: dict[str, m.HostInventory] = {}
         """Maps a host to its newest inventory, of which parts are missing."""
-        self.lookup = FleetLookup(self.state, incomplete=self.incomplete)
+        self.other_fleets: dict[str, str] = {}
+        """Maps a host that says it is of another fleet to that fleet."""
+        self.lookup = FleetLookup(self.state, incomplete=self.incomplete, other_fleets=self.other_fleets)
 
     def reconnected(self, now: datetime) -> None:
         """The broker's retained presences of agents are outdated; each agent reconnects in its own time."""
@@ -54,6 +58,7 @@ class FleetReceiver:
         reconciler: gives new sets their documents.
         dispatcher: evaluates the rollouts of changed sets.
         leadership: our epoch, with which those that hosts obey are compared.
+        fleet: our own.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class FleetReceiver:
         reconciler: Reconciler,
         dispatcher: RolloutDispatcher,
         leadership: Leadership,
+        fleet: str,
     ) -> None:
         self._view = view
         self._owners = owners
@@ -71,6 +77,7 @@ class FleetReceiver:
         self._reconciler = reconciler
         self._dispatcher = dispatcher
         self._leadership = leadership
+        self._fleet = fleet
         self._incomplete_since: dict[str, float] = {}
         self._sampler = Sampler()
 
@@ -82,9 +89,10 @@ class FleetReceiver:
             self._view.incomplete[inventory.host] = inventory
             self._incomplete_since.setdefault(inventory.host, self._loop_s())
 
-    async def on_inventory(self, inventory: m.HostInventory, _: Received) -> None:
+    async def on_inventory(self, inventory: m.HostInventory, received: Received) -> None:
         """A whole inventory arrived."""
         self._complete(inventory.host)
+        self._note_fleet(inventory.host, fleet_of(received.header.source))
         # The epoch that a host obeys is not a claim: it counts for our next claim, and blocks this host's sets until then.
         before = self._view.state.reported(inventory.host)
         if (
@@ -114,6 +122,7 @@ class FleetReceiver:
         """An operator removed the retained messages of a host: it was taken out of service permanently."""
         host = parameters["host"]
         self._complete(host)
+        self._view.other_fleets.pop(host, None)
         if self._view.lookup.is_online(host):
             _log.warning("host.not_forgotten", host=host, why="it is on the bus, and will report again")
             return
@@ -149,6 +158,15 @@ class FleetReceiver:
                     seconds=round(now_s - since),
                     advice="nothing is paused in its sets, and if it was not known before in none. Its host updater publishes the parts when it connects: restart it",
                 )
+
+    def _note_fleet(self, host: str, fleet: str) -> None:
+        if fleet in {"", self._fleet}:
+            self._view.other_fleets.pop(host, None)
+        elif self._view.other_fleets.get(host) != fleet:
+            self._view.other_fleets[host] = fleet
+            _log.error(
+                "host.of_another_fleet", host=host, fleet=fleet, ours=self._fleet, advice=ONE_BROKER_EACH
+            )
 
     def _take_in(self, changes: Changes) -> None:
         """The fleet changed: the sets concerned get their documents, and their rollouts are evaluated again."""

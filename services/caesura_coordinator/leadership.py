@@ -16,11 +16,11 @@ from caesura.bus.port import Bus, Will
 from caesura.bus.presence import Presence, last_will
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
-from caesura.contract.envelope import source_of
+from caesura.contract.envelope import fleet_of, source_of
 from caesura.lifecycle.command_compatibility import COMMANDS
 from caesura.lifecycle.epoch import epoch_floor, leaps
 from caesura.runtime.commits import DurableCommits
-from caesura.runtime.errors import CaesuraError
+from caesura.runtime.errors import CaesuraError, ConfigError
 from caesura.runtime.identity import new_id
 from caesura.runtime.logs import get_logger
 from caesura_coordinator.authority import Authority
@@ -50,6 +50,10 @@ class LeadershipLost(CaesuraError):
     exit_code = 3
 
 
+class WrongFleet(ConfigError):
+    """A coordinator of another fleet leads on this broker."""
+
+
 def presence(authority: Authority, *, online: bool) -> m.CoordinatorPresence:
     """The coordinator's presence, also as its last will."""
     return m.CoordinatorPresence(
@@ -76,6 +80,7 @@ class Leadership:
         announce_s: seconds between two announcements of an unchanged presence.
         host_epochs: the epochs that hosts obey.
         holds: whether nothing but the bus can show that another coordinator leads.
+        fleet: our own.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class Leadership:
         announce_s: float,
         host_epochs: Callable[[], list[int]],
         holds: Callable[[], bool] = lambda: True,
+        fleet: str = "default",
     ) -> None:
         self.authority = Authority(coordinator=f"{instance}-{new_id()[:8]}", epoch=0)
         self.claimed = False
@@ -104,6 +110,9 @@ class Leadership:
         self._holds = holds
         self._contested = asyncio.Event()
         """Another coordinator has claimed this one's epoch."""
+        self._fleet = fleet
+        self._stranger: tuple[m.CoordinatorPresence, str, float] | None = None
+        """The last presence of a coordinator of another fleet, that fleet, and when it arrived by the loop's clock."""
         self._observed: tuple[m.CoordinatorPresence, float] | None = None
         """Another coordinator's last presence, and when it arrived by the loop's clock."""
         self._superseded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -168,6 +177,24 @@ class Leadership:
         silent = asyncio.get_running_loop().time() - arrived_s > _SILENT_S
         return presence.coordinator if presence.online and presence.epoch > stored and not silent else ""
 
+    def other_fleet(self) -> str:
+        """The coordinator of another fleet that leads on this broker, and what to do; empty: there is none."""
+        if self._stranger is None:
+            return ""
+        presence, fleet, arrived_s = self._stranger
+        silent = asyncio.get_running_loop().time() - arrived_s > _SILENT_S
+        if not presence.online or silent:
+            return ""
+        return (
+            f"coordinator {presence.coordinator}, which leads fleet {fleet!r} on this broker, and this one is of fleet {self._fleet!r}: give each fleet a broker "
+            "of its own, or set the same CAESURA_COORDINATOR_FLEET for both"
+        )
+
+    @property
+    def knows_epochs(self) -> bool:
+        """Whether anything on the bus has an epoch that a coordinator claimed."""
+        return any(self.announced) or any(self._host_epochs())
+
     async def claim_above_equals(self) -> None:
         """Claim again whenever another has the same epoch; until a higher one is claimed.
 
@@ -195,10 +222,12 @@ class Leadership:
         """Publish the presence now."""
         await self.presence.announce(timeout_s=2.0)
 
-    async def on_coordinator(self, observed: m.CoordinatorPresence, _: Received) -> None:
+    async def on_coordinator(self, observed: m.CoordinatorPresence, received: Received) -> None:
         """A coordinator's presence arrived: another's, or our own."""
         if observed.coordinator != self.authority.coordinator:
-            self._observed = observed, asyncio.get_running_loop().time()
+            now_s, fleet = asyncio.get_running_loop().time(), fleet_of(received.header.source)
+            self._observed = observed, now_s
+            self._stranger = (observed, fleet, now_s) if fleet not in {"", self._fleet} else None
         self._on_epoch_observed(observed.epoch, observed.coordinator, alive=observed.online)
         if self.is_leader and observed != presence(self.authority, online=True):
             await self.announce()  # the will of an older coordinator must not stay as the last message
@@ -223,6 +252,10 @@ class Leadership:
             self._superseded.set_exception(
                 LeadershipLost(
                     f"coordinator {coordinator} has claimed epoch {epoch}, this one had {mine.epoch}: standing down. "
-                    "Run one coordinator, or let a standby take over only when the first is stopped."
+                    + (
+                        f"It is {self.other_fleet()}"
+                        if self.other_fleet()
+                        else "Run one coordinator, or let a standby take over only when the first is stopped."
+                    )
                 )
             )

@@ -56,6 +56,13 @@ def host_refusals(fleet: FleetLookup, hosts: Sequence[str]) -> Iterable[Refusal]
     for host in hosts:
         if not fleet.is_online(host):
             yield Refusal(subject=host, code="host_offline", reason="its host updater is offline")
+        elif other := fleet.other_fleets.get(host):
+            yield Refusal(
+                subject=host,
+                code="host_of_another_fleet",
+                reason=f"its host updater says that it is of fleet {other!r}, not of this coordinator's: each fleet has a broker of its own; "
+                "if it is of this one, set the same fleet for both (CAESURA_HOST_UPDATER_FLEET)",
+            )
         elif outdated := why_outdated(fleet.inventories[host]):
             yield Refusal(subject=host, code="host_outdated", reason=outdated)
         elif fleet.inventories[host].guard == "absent":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 
 from caesura.contract import messages as m
@@ -13,7 +13,9 @@ from caesura_coordinator.fleet_lookup import FleetLookup
 from caesura_coordinator.leadership import Leadership
 from caesura_coordinator.outbox_relay import OutboxRelay
 from caesura_coordinator.repository import RolloutRepository
+from caesura_coordinator.retention import KEPT
 
+_ENDED = ("completed", "aborted")
 _log = get_logger("caesura.coordinator")
 
 
@@ -63,7 +65,20 @@ class Reconciler:
             if received.header.source != self._source:
                 self._republish_above(rollout)
         elif not self._leadership.claimed:
+            self._pending_rollouts.pop(rollout.rollout, None)
             self._pending_rollouts[rollout.rollout] = rollout
+            self._forget_ended()
+
+    async def on_rollout_removed(self, parameters: Mapping[str, str]) -> None:
+        """A rollout is no longer on the bus."""
+        self._pending_rollouts.pop(parameters["rollout"], None)
+
+    def _forget_ended(self) -> None:
+        """A coordinator may stand by for years: of the rollouts that ended, those that arrived last stay."""
+        if len(self._pending_rollouts) > KEPT:
+            ended = [name for name, each in self._pending_rollouts.items() if each.status in _ENDED]
+            for name in ended[: max(0, len(ended) - KEPT)]:
+                del self._pending_rollouts[name]
 
     def reconcile_pending_documents(self) -> None:
         """The documents that arrived before the epoch was claimed."""

@@ -241,6 +241,17 @@ def operation_id(rollout: Rollout, wave: Wave, host: str, epoch: int) -> str:
     return str(uuid.uuid5(_NAMESPACE, name))
 
 
+def has_parts(rollout: Rollout) -> bool:
+    """Whether anything is known of single VMs and hosts in its waves."""
+    return any(each.readiness or each.clocks or each.operations for each in rollout.waves)
+
+
+def without_parts(rollout: Rollout) -> Rollout:
+    """Without what is known of single VMs and hosts in its waves."""
+    waves = (msgspec.structs.replace(each, readiness={}, clocks={}, operations=()) for each in rollout.waves)
+    return msgspec.structs.replace(rollout, waves=tuple(waves))
+
+
 def without_waves(rollout: Rollout) -> Rollout:
     """The rollout without its waves, which are stored and published separately."""
     return msgspec.structs.replace(rollout, waves=())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 
 from caesura.contract.messages import (
     EventStatus,
@@ -49,7 +49,7 @@ from caesura_coordinator.effects import (
 from caesura_coordinator.fleet_lookup import FleetLookup
 from caesura_coordinator.inputs import Approve, DocumentSuperseded, Fact, Input
 from caesura_coordinator.published_state import rollout_state, with_etags
-from caesura_coordinator.records import FINAL, Rollout, WaveEvent, without_waves
+from caesura_coordinator.records import FINAL, Rollout, WaveEvent, has_parts, without_parts, without_waves
 from caesura_coordinator.retention import Removal, all_waves, excess, how_shown, no_longer_kept
 from caesura_coordinator.rollout import after_restart, decide
 from caesura_coordinator.rollout_queue import ActiveRollouts
@@ -58,6 +58,8 @@ from caesura_coordinator.store import CoordinatorStore
 _log = get_logger("caesura.coordinator")
 
 
+_FORGOTTEN_AT_ONCE = 2
+"""rollouts, each with some rows for each VM: the event loop waits for them"""
 _POSTPONED: tuple[str, tuple[ReasonCode, ...]] = (
     "NotBefore moved later: a rollout ahead in the queue has not ended, or ended late",
     ("queued",),
@@ -74,12 +76,17 @@ class RolloutRepository:
 
     def __init__(self, store: CoordinatorStore, now: datetime) -> None:
         self.store = store
-        self.load(now)
+        self.load(now, store.rollouts())
 
-    def load(self, now: datetime) -> None:
-        """Read everything again: the store has other content."""
+    def load(self, now: datetime, rollouts: Iterable[Rollout]) -> None:
+        """Read everything again: the store has other content.
+
+        Args:
+            now: as of the class.
+            rollouts: those of the store, read where that holds up nobody.
+        """
         store = self.store
-        self.rollouts: dict[str, Rollout] = {each.id: after_restart(each, now) for each in store.rollouts()}
+        self.rollouts: dict[str, Rollout] = {each.id: after_restart(each, now) for each in rollouts}
         self._documents = DocumentRepository(store)
         self._active = ActiveRollouts()
         for rollout in self.rollouts.values():
@@ -362,7 +369,15 @@ class RolloutRepository:
             self._active.forget(self.rollouts.pop(name))
             del shown[name]
         self._shown = shown
+        self._forget_parts()
         return removals
+
+    def _forget_parts(self) -> None:
+        """Drop the state of each VM and host of rollouts whose waves nobody sees any more: a take-over reads all that is kept."""
+        hidden = (self.rollouts[name] for name, how in self._shown.items() if how != "with waves")
+        for rollout in list(islice(filter(has_parts, hidden), _FORGOTTEN_AT_ONCE)):
+            self.store.forget_parts(rollout.id)
+            self.rollouts[rollout.id] = without_parts(rollout)
 
     def store_response(self, client: str, answer: RequestAnswered) -> None:
         """Store an answer that changed nothing else, and announce it.

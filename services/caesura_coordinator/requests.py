@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import datetime
 
@@ -39,11 +38,19 @@ _REPEAT_PARTS_S = 5.0
 """s: between two sendings of a stored answer with a large plan."""
 _LARGE_PLAN_VMS = 300
 _PENDING = 1000
-_PENDING_S = 60.0
-"""s: for which a coordinator that does not lead keeps a request; clients repeat theirs for 10 s."""
 _log = get_logger("caesura.coordinator")
 
 Request = m.RolloutRequested | m.FreezeRequested | m.AbortRequested | m.ResumeRequested
+
+
+class _Pending(msgspec.Struct, frozen=True):
+    """A request that arrived before the epoch was claimed."""
+
+    request: Request
+    asked_at: datetime
+    """By the clock of the client."""
+    arrived_at: datetime
+    """By our clock."""
 
 
 class RequestHandler:
@@ -77,24 +84,32 @@ class RequestHandler:
         self._leadership = leadership
         self._fleet_now = fleet_now
         self._now = now
-        self.pending: deque[tuple[float, str, Request, str]] = deque(maxlen=_PENDING)
-        """When it arrived, client, request, and why it is too late, of those that arrived before the epoch was claimed."""
+        self.pending: dict[tuple[str, str], _Pending] = {}
+        """Maps a client and request to the last repetition that arrived before the epoch was claimed; the newest ones."""
         self._repeated: dict[tuple[str, str], float] = {}
         """Maps a client and request to when an answer in parts was last sent."""
 
     async def on_request(self, request: Request, received: Received) -> None:
         """A request arrived."""
         client = received.parameters["client"]
-        # An abort is never too late: it only stops operations.
-        late = (
-            ""
-            if isinstance(request, m.AbortRequested)
-            else request_expired(received.header.time, self._now())
-        )
         if self._leadership.claimed:
-            self._answer(client, request, late)
+            self._answer(client, request, _late(request, received.header.time, self._now()))
         else:
-            self.pending.append((asyncio.get_running_loop().time(), client, request, late))
+            self.pending.pop((client, request.request), None)
+            self._make_room()
+            self.pending[client, request.request] = _Pending(
+                request=request, asked_at=received.header.time, arrived_at=self._now()
+            )
+
+    def _make_room(self) -> None:
+        """Drop the oldest request, an abort only if there are none but aborts."""
+        if len(self.pending) >= _PENDING:
+            others = (
+                key for key, each in self.pending.items() if not isinstance(each.request, m.AbortRequested)
+            )
+            oldest = next(others, next(iter(self.pending)))
+            _log.error("request.dropped", client=oldest[0], request=oldest[1], why="no coordinator leads")
+            del self.pending[oldest]
 
     async def on_refused(self, delivery: Delivery, error: ContractError) -> None:
         """An operator's request that violates the contract is answered too, if its topic names the client."""
@@ -113,14 +128,32 @@ class RequestHandler:
             self._relay.notify()
 
     def answer_pending(self) -> None:
-        """Answer the requests that arrived before the epoch was claimed."""
-        pending = list(self.pending)
-        self.pending.clear()
-        oldest_s = asyncio.get_running_loop().time() - _PENDING_S
-        for arrived_s, client, request, late in pending:
-            # The coordinator that led when an older one arrived has answered it, and that answer may be forgotten by now.
-            if arrived_s >= oldest_s:
-                self._answer(client, request, late)
+        """Answer the requests that arrived before the epoch was claimed, and that no coordinator which led in the meantime has answered."""
+        pending, self.pending = self.pending, {}
+        for (client, name), each in pending.items():
+            late = _late(each.request, min(each.asked_at, each.arrived_at), self._now()) or self._ambiguous(
+                each
+            )
+            try:
+                answered = self._repository.response(client, name) is not None
+            except StoreError as error:
+                _log.error("request.failed", request=name, why=str(error))
+                continue
+            # A client that repeats its request gets its answer again; one that asked long ago has it.
+            if not (answered and request_expired(each.arrived_at, self._now())):
+                self._answer(client, each.request, late)
+
+    def _ambiguous(self, pending: _Pending) -> str:
+        """Why an abort that names no rollout must not be carried out: the only active rollout is younger than it; empty: it may."""
+        request = pending.request
+        if not isinstance(request, m.AbortRequested) or request.rollout:
+            return ""
+        younger = [each.id for each in self._repository.active if each.created_at > pending.arrived_at]
+        return (
+            f"rollout {younger[0]} was started after this was asked, and the abort names none: ask again"
+            if younger
+            else ""
+        )
 
     def _answer(self, client: str, request: Request, late: str) -> None:
         """Answer a request once; a repeated one gets the stored answer again. ``late``: why a new request is too late."""
@@ -293,6 +326,11 @@ class RequestHandler:
             answer=(client, answer),
         )
         self._dispatcher.request_commands()
+
+
+def _late(request: Request, asked_at: datetime, now: datetime) -> str:
+    """Why a request is too late; empty: it is not. An abort never is: it only stops operations."""
+    return "" if isinstance(request, m.AbortRequested) else request_expired(asked_at, now)
 
 
 def _queue_note(ahead: Sequence[Rollout]) -> str:

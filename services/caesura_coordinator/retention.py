@@ -14,7 +14,7 @@ _SHOWN = 50
 """How many ended rollouts remain on the bus as retained messages; the store keeps more."""
 _SHOWN_WITH_WAVES = 5
 """How many of these keep their waves, which a new subscriber receives all at once."""
-_KEPT = 500
+KEPT = 500
 """How many rollouts the store and memory keep."""
 
 _MOST_WAVES = 10_000
@@ -53,7 +53,7 @@ def how_shown(rollouts: Iterable[Rollout]) -> dict[str, Shown]:
 def no_longer_kept(shown: Mapping[str, Shown]) -> list[str]:
     """The oldest rollouts beyond the number that is kept; one that still holds its sets is never among them."""
     hidden = [name for name, how in shown.items() if how == "hidden"]
-    return hidden[: max(0, len(shown) - _KEPT)]
+    return hidden[: max(0, len(shown) - KEPT)]
 
 
 def excess(published: RolloutState, shown: Shown | None) -> Removal | None:

@@ -25,7 +25,7 @@ from caesura_coordinator.dispatcher import RolloutDispatcher
 from caesura_coordinator.fleet_lookup import FleetLookup
 from caesura_coordinator.fleet_receiver import FleetReceiver, ObservedFleet
 from caesura_coordinator.inputs import Approve
-from caesura_coordinator.leadership import Leadership, LeadershipLost
+from caesura_coordinator.leadership import Leadership, LeadershipLost, WrongFleet
 from caesura_coordinator.outbox_relay import OutboxRelay
 from caesura_coordinator.owner_records import OwnerRecords
 from caesura_coordinator.owners import Owners
@@ -47,6 +47,11 @@ _ANSWER_S = 5.0
 _FLUSH_S = 3.0
 """s: for the last messages on a stop signal; the rest is published at the next start."""
 _log = get_logger("caesura.coordinator")
+
+
+def is_another(bus: str, last: str) -> bool:
+    """Whether two buses, each a list of addresses with commas, have no address in common; one that is not known may be the same."""
+    return bool(bus and last) and not {*bus.split(",")} & {*last.split(",")}
 
 
 def subscriptions() -> list[str]:
@@ -90,8 +95,10 @@ class Coordinator:
         commits: GroupCommit | None = None,
         shared: SharedStore | None = None,
         ignore_retained: bool = False,
+        bus_label: str = "",
     ) -> None:
         self.bus = bus
+        self._bus_label = bus_label
         self.store = store
         self.post = MessageClient(
             bus, source_of(fleet, "coordinator", instance), on_refused=self._on_refused, wanted=self._wants
@@ -121,6 +128,7 @@ class Coordinator:
             announce_s=announce_s,
             host_epochs=self._host_epochs,
             holds=(lambda: shared.leads) if shared is not None else lambda: True,
+            fleet=fleet,
         )
         self._status = (
             StatusAnnouncer(bus, self.post, shared, self.leadership, instance=instance, announce_s=announce_s)
@@ -165,6 +173,7 @@ class Coordinator:
             self._reconciler,
             self._dispatcher,
             self.leadership,
+            fleet,
         )
         self.requests = RequestHandler(
             self.repository,
@@ -193,6 +202,7 @@ class Coordinator:
         self.post.listeners.append(self._fleet_receiver.on_any)
         self.post.on_tombstone(m.HostInventory, self._fleet_receiver.on_host_removed)
         self.post.on_tombstone(m.VmOwner, self._fleet_receiver.on_owner_removed)
+        self.post.on_tombstone(m.RolloutState, self._reconciler.on_rollout_removed)
 
     @property
     def authority(self) -> Authority:
@@ -276,14 +286,17 @@ class Coordinator:
 
         Raises:
             LeadershipLost: another coordinator has claimed a higher epoch.
+            WrongFleet: one of another fleet leads on this broker, and this store is not shared: a shared one waits for its end.
         """
         while not await self.bus.wait_connected(60):
             _log.warning("coordinator.waiting_for_broker", why=self.bus.stats.last_error)
         await self.leadership.settled()
         if self.shared is not None:
-            await self.shared.lead(self._obstacle)
+            rollouts = await self.shared.lead(self._obstacle)
             self.store.write_as(self.post.source)
-            self.repository.load(self._now())
+            self.repository.load(self._now(), rollouts)
+        elif other := self.leadership.other_fleet():
+            raise WrongFleet(f"this broker has {other}")
         await self.leadership.claim()
         self.owners.lead(self.authority.epoch)
         self._owner_records.changed()
@@ -294,6 +307,8 @@ class Coordinator:
         self._dispatcher.dispatch_pending()
         self.requests.answer_pending()
         await self.leadership.announce()
+        if self.shared is not None and self._bus_label:
+            await self.shared.led_on(self._bus_label)
         await self.commits.writable()
         if self.is_leader:
             # The broker may have lost retained messages while this one was disconnected.
@@ -305,6 +320,14 @@ class Coordinator:
         """What keeps a standby from the lead though the store, which has this epoch, does not; empty: nothing."""
         if not self.bus.stats.connected:
             return "the broker"
+        assert self.shared is not None  # noqa: S101 - who asks is the store
+        if other := self.leadership.other_fleet():
+            return f"the end of {other}"
+        if is_another(self._bus_label, self.shared.bus) and not self.leadership.knows_epochs:
+            return (
+                f"a sign of this fleet on {self._bus_label}: the store was led on {self.shared.bus}. Set the same broker for all coordinators, "
+                "or, if it was replaced, see 'Another broker' in docs/operate/high-availability.md"
+            )
         rival = self.leadership.rival(epoch)
         return f"the end of coordinator {rival}, which leads this fleet with another store" if rival else ""
 
@@ -331,7 +354,7 @@ class Coordinator:
         lease_s, loop = self.shared.lease_s, asyncio.get_running_loop()
         while True:
             await asyncio.sleep(lease_s / 8)
-            if not self.is_leader or await self._status.announce(timeout_s=lease_s / 4):
+            if not self.is_leader or await self._status.answered(timeout_s=lease_s / 4):
                 self._broker_answered_s = loop.time()
             elif loop.time() - self._broker_answered_s > lease_s:
                 raise LeadershipLost(

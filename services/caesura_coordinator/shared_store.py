@@ -10,11 +10,14 @@ import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
+import msgspec
+
 from caesura.delivery.sqlite_outbox import OffLoop, OutboxTable
 from caesura.runtime.errors import ConfigError, StoreError
 from caesura.runtime.logs import get_logger
-from caesura.runtime.shared_rows import Content, SharedRows, StoreLost, WorkingCopy, migrated
-from caesura.runtime.threads import Worker
+from caesura.runtime.shared_rows import Content, SharedRows, StoreLost, WorkingCopy, insert, migrated
+from caesura.runtime.threads import Worker, meanwhile
+from caesura_coordinator.records import Rollout
 from caesura_coordinator.store import MIGRATIONS, CoordinatorStore
 
 LEFT_OUT = ("epoch", "outbox_1")
@@ -26,6 +29,9 @@ _SLOW_S = 1.0
 """s: without an answer of the database, after which the coordinator says that it waits."""
 _BEATS = 4
 """Signs of life in one lease."""
+_STEADY_S = 60.0
+"""s: who led so long starts to count its losses again."""
+_HOLD_OFF_S = 300.0
 ANOTHER_LEADS = "another coordinator leads"
 
 T = TypeVar("T")
@@ -36,6 +42,33 @@ def working_copy() -> tuple[CoordinatorStore, WorkingCopy]:
     """An empty store in memory, and what knows its changes."""
     store = CoordinatorStore(":memory:")
     return store, WorkingCopy(store.database, LEFT_OUT)
+
+
+def hold_off_s(losses: int) -> float:
+    """Seconds for which a coordinator that lost the lead so many times in a row, each time soon, leaves it to others.
+
+    Each lead takes epochs, and hosts do not follow a leap over too many; a full disk at the database would use them up overnight.
+    """
+    return min(_HOLD_OFF_S, 2.0 ** (losses - 2)) if losses > 1 else 0.0
+
+
+class _Taken(msgspec.Struct, frozen=True):
+    """The content at a take-over: a second copy of it, and the rollouts in it."""
+
+    store: CoordinatorStore
+    rollouts: list[Rollout]
+
+
+def _taken(content: Content) -> _Taken | StoreError:
+    """Or why it cannot be read."""
+    try:
+        store = CoordinatorStore(":memory:", any_thread=True)
+        with store.database.transaction():
+            insert(store.database, content)
+            store.database.run("UPDATE epoch SET value = ?", content.epoch)
+        return _Taken(store=store, rollouts=store.rollouts())
+    except StoreError as error:
+        return error
 
 
 class SharedStore:
@@ -49,6 +82,7 @@ class SharedStore:
         lease_s: how long the database may take for an answer.
         poll_s: seconds between two tries of a standby to lead: a take-over takes up to so much longer.
         retry_s: seconds before the next try to reach a database that was not reached.
+        hold_off_s: seconds before the first try to lead.
     """
 
     def __init__(
@@ -61,6 +95,7 @@ class SharedStore:
         lease_s: float,
         poll_s: float = _POLL_S,
         retry_s: float = _RETRY_S,
+        hold_off_s: float = 0.0,
     ) -> None:
         self.store = store
         self.lease_s = lease_s
@@ -79,6 +114,9 @@ class SharedStore:
         self._name = name
         self._poll_s = poll_s
         self._retry_s = retry_s
+        self._hold_off_s = hold_off_s
+        self._leads_since: float | None = None
+        """Loop time."""
         self._worker = Worker("shared-store")
         self._on_disk = store.database.commits
         self._round: asyncio.Task[None] | None = None
@@ -89,8 +127,8 @@ class SharedStore:
 
     # -- election ------------------------------------------------------------------------------------------
 
-    async def lead(self, obstacle: Callable[[int], str] = lambda _: "") -> None:
-        """Stand by until this coordinator leads; then the working copy has the content.
+    async def lead(self, obstacle: Callable[[int], str] = lambda _: "") -> list[Rollout]:
+        """Stand by until this coordinator leads; then the working copy has the content. Returns its rollouts.
 
         Args:
             obstacle: what keeps this coordinator from the lead though the store does not, given the store's epoch; empty: nothing.
@@ -100,31 +138,62 @@ class SharedStore:
             StoreLost: it was lost at once.
             StoreError: the content cannot be read.
         """
+        if self._hold_off_s:
+            self._now_waits_for(f"its next try in {self._hold_off_s:g} s: it lost the lead again and again")
+            await asyncio.sleep(self._hold_off_s)
         while True:
             try:
                 why = obstacle(await self._do(self._rows.open))
-                content = None if why else await self._do(lambda: self._rows.try_lead(self._name))
+                taken = None if why else await self._do(self._taking_over(obstacle), lasting=True)
             except StoreError as error:
                 await self._not_reached(error)
                 continue
-            if content is not None:
+            if taken is not None:
                 break
             self._now_waits_for(why or ANOTHER_LEADS)
             await asyncio.sleep(self._poll_s)
-        await self._take(content)
+        if isinstance(taken, StoreError):
+            raise taken
+        self._copy.fill(taken.store.database)
+        taken.store.database.close()
+        self._on_disk = self.store.database.commits
         self._now_waits_for("")
         self.leads = True
+        self._leads_since = asyncio.get_running_loop().time()
+        return taken.rollouts
 
-    async def _take(self, content: Content) -> None:
-        if content.version < len(MIGRATIONS):
-            content = migrated(content, MIGRATIONS, LEFT_OUT)
+    def _taking_over(self, obstacle: Callable[[int], str]) -> Callable[[], _Taken | StoreError | None]:
+        """Work for the thread: the content, if this coordinator leads now; an error if it cannot be read.
+
+        All of it is done there, however large it is, and the session shows signs of life in the meantime.
+        """
+        rows, loop = self._rows, asyncio.get_running_loop()
+
+        async def is_free(epoch: int) -> bool:
+            return not obstacle(epoch)
+
+        def may(epoch: int) -> bool:
+            # What is in the way may have arrived since the last look, as the claim of a coordinator with another store.
+            return asyncio.run_coroutine_threadsafe(is_free(epoch), loop).result(self.lease_s)
+
+        def take_over() -> _Taken | StoreError | None:
             try:
-                await self._do(lambda: self._rows.rewrite(content))
-            except StoreError as error:
-                raise self._lost(error) from error
-        self._copy.fill(content)
-        self.store.database.run("UPDATE epoch SET value = ?", content.epoch)
-        self._on_disk = self.store.database.commits
+                content = rows.try_lead(self._name, may)
+            except TimeoutError as error:
+                raise StoreError(f"the event loop did not answer for {self.lease_s:g} s") from error
+            if content is None:
+                return None
+            found = content
+
+            def with_life(work: Callable[[], T]) -> T:
+                return meanwhile("shared-store-content", work, self.lease_s / _BEATS, rows.beat)
+
+            if found.version < len(MIGRATIONS):
+                found = with_life(lambda: migrated(content, MIGRATIONS, LEFT_OUT))
+                rows.rewrite(found)
+            return with_life(lambda: _taken(found))
+
+        return take_over
 
     async def _not_reached(self, error: StoreError) -> None:
         if error.exit_code == ConfigError.exit_code:
@@ -140,6 +209,18 @@ class SharedStore:
             _log.info(
                 "coordinator.waits" if what else "coordinator.leads", store=self._rows.label, waits_for=what
             )
+
+    @property
+    def bus(self) -> str:
+        """Where the last leader announced itself; empty: not known."""
+        return self._rows.bus
+
+    async def led_on(self, bus: str) -> None:
+        """Note on which bus this leader has announced itself. Raises StoreLost."""
+        try:
+            await self._do(lambda: self._rows.led_on(bus))
+        except StoreError as error:
+            raise self._lost(error) from error
 
     # -- commits -------------------------------------------------------------------------------------------
 
@@ -157,6 +238,12 @@ class SharedStore:
     def lost(self) -> bool:
         """Whether this coordinator begins again as a standby."""
         return self._failed is not None
+
+    @property
+    def steady(self) -> bool:
+        """Whether it led for long enough not to count as lost at once."""
+        now_s = asyncio.get_running_loop().time()
+        return self._leads_since is not None and now_s - self._leads_since > _STEADY_S
 
     @property
     def settled(self) -> bool:
@@ -260,26 +347,36 @@ class SharedStore:
             for each in self.listeners:
                 each()
 
-    async def _do(self, work: Callable[[], T]) -> T:
+    async def _do(self, work: Callable[[], T], *, lasting: bool = False) -> T:
         """What ``work`` returns, from the thread. If it takes longer than the lease, the thread is left alone.
+
+        Args:
+            work: uses the session.
+            lasting: it may take longer, as long as the database gives answers.
 
         Raises:
             StoreError: as ``work``, or no answer in time.
         """
         began_s = asyncio.get_running_loop().time()
         self._asked_s.append(began_s)
+        rows, running = self._rows, asyncio.ensure_future(self._worker.do(work))
         try:
-            async with asyncio.timeout(self.lease_s):
-                return await self._worker.do(work)
-        except TimeoutError:
+            while True:
+                answers = rows.answers
+                done, _ = await asyncio.wait({running}, timeout=self.lease_s)
+                if done:
+                    return await running
+                if not lasting or rows.answers == answers:
+                    break
             # The thread may continue some day: then it ends its session.
-            self._worker.post(self._rows.close)
+            self._worker.post(rows.close)
             self._worker.end()
             self._rows = self._make_rows()
-            error = StoreError(f"no answer of {self._rows.label} for {self.lease_s:g} s")
+            error = StoreError(f"no answer of {rows.label} for {self.lease_s:g} s")
             error.temporary = True
-            raise error from None
+            raise error
         finally:
+            running.cancel()
             self._asked_s.remove(began_s)
 
     def _lost(self, error: StoreError) -> StoreLost:

@@ -66,6 +66,10 @@ class StatusAnnouncer:
         """Announce it now; whether the broker accepted it."""
         return await self._presence.announce(timeout_s=timeout_s)
 
+    async def answered(self, timeout_s: float) -> bool:
+        """Announce it now; whether the broker answered. One that refuses it, by its access rules, is there."""
+        return await self._presence.answered(timeout_s=timeout_s)
+
     async def goodbye(self) -> None:
         """Announce that this coordinator is gone."""
         await self._presence.goodbye(timeout_s=2.0)

@@ -84,8 +84,8 @@ _log = get_logger("caesura.coordinator")
 class CoordinatorStore:
     """See the module. Raises StoreError from every method when the disk or the file refuses."""
 
-    def __init__(self, path: str) -> None:
-        self.database = Database(path, MIGRATIONS)
+    def __init__(self, path: str, *, any_thread: bool = False) -> None:
+        self.database = Database(path, MIGRATIONS, any_thread=any_thread)
         self.outbox = OutboxTable(self.database)
         self._source = source_of("default", "coordinator")
         self.left_over = 0
@@ -275,6 +275,11 @@ class CoordinatorStore:
                 for table in ("wave", "wave_vms", "wave_part"):
                     self.database.run(f"DELETE FROM {table} WHERE rollout = ?", name)  # noqa: S608 - our own three
                 self.database.run("DELETE FROM rollout WHERE id = ?", name)
+
+    def forget_parts(self, rollout: str) -> None:
+        """Drop what is stored of each VM and host in the waves of a rollout that has ended."""
+        with self.transaction():
+            self.database.run("DELETE FROM wave_part WHERE rollout = ?", rollout)
 
     def documents(self) -> dict[str, SetDocument]:
         """The document of every set that ever had an event."""

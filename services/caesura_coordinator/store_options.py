@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from caesura.runtime.database import Database
 from caesura.runtime.errors import ConfigError
-from caesura.runtime.shared_rows import SharedRows, TableColumns, WrongStore
+from caesura.runtime.shared_rows import SharedRows, TableColumns, WrongStore, columns_of
 from caesura_coordinator.settings import CoordinatorSettings
+from caesura_coordinator.shared_store import LEFT_OUT
 from caesura_coordinator.store import MIGRATIONS
 
 if TYPE_CHECKING:
     from caesura.runtime.postgresql import PostgresOptions
+
+
+def tables_of(version: int) -> list[str]:
+    """The shared tables of a version of the schema."""
+    database = Database(":memory:", MIGRATIONS[:version])
+    try:
+        return list(columns_of(database, LEFT_OUT))
+    finally:
+        database.close()
 
 
 class StoreSettingsError(ConfigError):
@@ -35,7 +46,7 @@ def shared_rows(
     options = _options(settings)
     from caesura.runtime.postgresql import PostgresRows  # noqa: PLC0415 - see the module
 
-    return lambda: PostgresRows(options, columns, len(MIGRATIONS))
+    return lambda: PostgresRows(options, columns, len(MIGRATIONS), tables_of)
 
 
 def check_store(settings: CoordinatorSettings) -> None:

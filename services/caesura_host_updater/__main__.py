@@ -193,7 +193,7 @@ async def _serve(
         await _open(journal, str(folder / "journal.sqlite"), settings.fleet)
         await updater.recover()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, updater.reread)
-        async with serve_health(settings.health_listen, updater.pings(), registry):
+        async with serve_health(settings.health_listen, updater.pings(), registry, fleet=settings.fleet):
             notifier.ready()
             await serve(updater.tasks(), drain=drain, drain_timeout_s=settings.drain_timeout_s)
         stopped = True

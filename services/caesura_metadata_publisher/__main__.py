@@ -59,7 +59,7 @@ async def _main(settings: MetadataPublisherSettings) -> None:
     registry.register(PublisherCollector(publisher, bus))
     pings = {"broker": publisher.broker_ping, "documents": lambda: publisher.documents_ping(listeners)}
     async with (
-        serve_health(settings.health_listen, pings, registry),
+        serve_health(settings.health_listen, pings, registry, fleet=settings.fleet),
         serve_metadata(publisher, listeners, settings.http_hosts, inherited),
         rare_full_collections(),  # which hold up every answer: thousands of listeners and connections are walked
     ):

@@ -47,7 +47,7 @@ async def _main(settings: MetricsExporterSettings) -> None:
     registry = CollectorRegistry()
     process, collector = ProcessCollector(registry=registry), exporter.collector()
     registry.register(collector)
-    scrape = Scrape(collector, [process])
+    scrape = Scrape(collector, [process], fleet=settings.fleet)
     pings = {"broker": exporter.broker_ping}
     page = LivePage(exporter.stream, page_hosts=(*settings.page_hosts, gethostname()))
     async with (

@@ -87,7 +87,9 @@ async def _serve_health(stack: AsyncExitStack, settings: VmAgentSettings, agent:
     def broker() -> str:
         return "" if bus.stats.connected else f"not connected: {bus.stats.last_error or 'still trying'}"
 
-    await stack.enter_async_context(serve_health(settings.health_listen, {"broker": broker}, registry))
+    await stack.enter_async_context(
+        serve_health(settings.health_listen, {"broker": broker}, registry, fleet=settings.fleet)
+    )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from caesura.runtime.fleet_label import LABEL
 from caesura_metrics_exporter.metrics.families import Family, HistogramFamily
 from caesura_metrics_exporter.metrics.series import Buckets, Labels, ends
 
@@ -37,9 +38,14 @@ class _Written(msgspec.Struct):
 
 
 class Renderer:
-    """Renders scrapes, one after the other."""
+    """Renders scrapes, one after the other.
 
-    def __init__(self) -> None:
+    Args:
+        fleet: the label of that name on every series that has none; empty: there is none.
+    """
+
+    def __init__(self, fleet: str = "") -> None:
+        self._fleet = fleet
         self._written: dict[str, _Written] = {}
 
     def render(self, families: Iterable[AnyFamily], *, modern: bool) -> str:
@@ -64,7 +70,7 @@ class Renderer:
             for number, labels in enumerate(_changed(written.values, family.values)):
                 head = heads.get(labels)
                 if head is None:
-                    head = heads[labels] = (_series(name, family.names, labels),)
+                    head = heads[labels] = (_series(name, *self._labelled(family.names, labels)),)
                 parts[labels] = f"{head[0]} {_number(family.values[labels])}\n"
                 if number % _PIECE == _PIECE - 1:
                     yield ""
@@ -78,12 +84,17 @@ class Renderer:
             for number, labels in enumerate(_changed(written.values, family.values)):
                 head = heads.get(labels)
                 if head is None:
-                    head = heads[labels] = _bucket_heads(family, labels)
+                    head = heads[labels] = _bucket_heads(family, *self._labelled(family.names, labels))
                 parts[labels] = _bucket_lines(head, family.values[labels])
                 if number % _PIECE == _PIECE - 1:
                     yield ""
             _keep(written, family.values)
         yield written.text
+
+    def _labelled(self, names: Labels, labels: Labels) -> tuple[Labels, Labels]:
+        if not self._fleet or LABEL in names:
+            return names, labels
+        return (*names, LABEL), (*labels, self._fleet)
 
     def _of(self, name: str) -> _Written:
         written = self._written.get(name)
@@ -146,11 +157,11 @@ def _series(name: str, names: Labels, labels: Labels) -> str:
     return f"{name}{{{pairs}}}" if pairs else name
 
 
-def _bucket_heads(family: HistogramFamily, labels: Labels) -> tuple[str, ...]:
+def _bucket_heads(family: HistogramFamily, own: Labels, labels: Labels) -> tuple[str, ...]:
     """The templates of each bucket, the count and the sum; and last one for all of them, for counts that need no exponent."""
-    names = (*family.names, "le")
+    names = (*own, "le")
     buckets = (_series(f"{family.name}_bucket", names, (*labels, end)) for end in ends(family.bounds))
-    rest = (_series(f"{family.name}_{part}", family.names, labels) for part in ("count", "sum"))
+    rest = (_series(f"{family.name}_{part}", own, labels) for part in ("count", "sum"))
     heads = (*buckets, *rest)
     whole = "".join(f"{head.replace('%', '%%')} %d.0\n" for head in heads[:-1])
     return (*heads, f"{whole}{heads[-1].replace('%', '%%')} %s\n")

@@ -12,9 +12,11 @@ import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 
 from aiohttp import web
+from prometheus_client.core import Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from caesura.runtime.fleet_label import OfFleet
 from caesura_metrics_exporter.metrics.collector import FleetCollector, scrape_duration
 from caesura_metrics_exporter.metrics.exposition import AnyFamily, Renderer, encoded
 
@@ -28,13 +30,17 @@ class Scrape:
     Args:
         collector: the metrics to render, copied for each scrape.
         others: collectors that a thread may read directly.
+        fleet: the name that every series has as a label.
     """
 
-    def __init__(self, collector: FleetCollector, others: Sequence[Collector] = ()) -> None:
+    def __init__(
+        self, collector: FleetCollector, others: Sequence[Collector] = (), *, fleet: str = "default"
+    ) -> None:
         self._collector = collector
-        self._others = others
+        self._others = [OfFleet(each, fleet) for each in others]
+        self._fleet = fleet
         self._one = asyncio.Lock()
-        self._renderer = Renderer()
+        self._renderer = Renderer(fleet)
 
     async def handle(self, request: web.Request) -> web.Response:
         """Answer one scrape, in the requested format and with the requested names (``name[]``)."""
@@ -73,8 +79,19 @@ class Scrape:
         self, families: Iterable[AnyFamily], began: float, accept: str, names: frozenset[str], *, zipped: bool
     ) -> bytes:
         """As ``prometheus_client`` does it: slow, but for every request."""
-        metrics = [family.metric() for family in families]
+        ours = [*families, scrape_duration(time.perf_counter() - began)]
+        metrics: list[Metric] = list(OfFleet(_Copied(ours), self._fleet).collect())
         metrics += [metric for collector in self._others for metric in collector.collect()]
-        metrics.append(scrape_duration(time.perf_counter() - began).metric())
         body = encoded(metrics, accept, names)
         return gzip.compress(body, _GZIP_LEVEL) if zipped else body
+
+
+class _Copied(Collector):
+    """Families that do not change."""
+
+    def __init__(self, families: Iterable[AnyFamily]) -> None:
+        self._families = families
+
+    def collect(self) -> list[Metric]:
+        """As ``prometheus_client`` has them."""
+        return [family.metric() for family in self._families]

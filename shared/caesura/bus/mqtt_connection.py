@@ -102,7 +102,7 @@ class MqttConnection(aiomqtt.Client):
             # paho wants a host and a port; the socket is opened by ``open_socket``, which knows the real address.
             hostname=options.address.host or "unix-socket",
             port=options.address.port or 1,
-            identifier=options.client_id,
+            identifier=options.identifier,
             username=options.username or None,
             password=options.password.reveal() or None,
             protocol=aiomqtt.ProtocolVersion.V5 if five else aiomqtt.ProtocolVersion.V311,

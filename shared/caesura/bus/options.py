@@ -56,6 +56,8 @@ class BrokerOptions(msgspec.Struct, frozen=True, kw_only=True):
     nodes, with commas between: ``mqtts://a:8883,b:8883,c:8883``."""
     client_id: str = ""
     """Must be unique at the broker; empty: a random one. A persistent session needs a stable one."""
+    client_code: Secret = msgspec.field(default_factory=Secret)
+    """Ends the client id at the broker; never shown."""
     username: str = ""
     password: Secret = msgspec.field(default_factory=Secret)
     ca_file: str = ""
@@ -112,6 +114,11 @@ class BrokerOptions(msgspec.Struct, frozen=True, kw_only=True):
             )
 
     @property
+    def identifier(self) -> str:
+        """The client id at the broker. Who knows it can disconnect us: logs have ``client_id``."""
+        return f"{self.client_id}-{self.client_code.reveal()}" if self.client_code else self.client_id
+
+    @property
     def addresses(self) -> tuple[Address, ...]:
         """The parsed ``url``: each address once, in its order."""
         return parse_addresses(self.url)
@@ -154,12 +161,13 @@ def options_from(settings: ServiceSettings, *, client_id: str, clean: bool = Tru
     as Mosquitto does (``use_username_as_clientid``), and who knows another's id disconnects it.
     """
     secret = settings.broker_password.reveal()
+    code = ""
     if secret and len(parse_addresses(settings.broker_url)) > 1:
         code = hmac.new(secret.encode(), client_id.encode(), "sha256").hexdigest()[:_ID_CODE]
-        client_id = f"{client_id}-{code}"
     return BrokerOptions(
         url=settings.broker_url,
         client_id=client_id,
+        client_code=Secret(code),
         username=settings.broker_username,
         password=settings.broker_password,
         ca_file=settings.broker_ca_file,

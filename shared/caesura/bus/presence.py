@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import Literal
 
 from caesura.bus.messaging import MessageClient
 from caesura.bus.port import BusError, PublishRefused, Will
@@ -89,16 +90,23 @@ class Presence:
         Returns:
             False if the broker did not accept it. The next beat or connect announces it again; a refusal is logged.
         """
+        return await self._announced(timeout_s) == "accepted"
+
+    async def answered(self, timeout_s: float = _ANNOUNCE_S) -> bool:
+        """As ``announce``; whether the broker answered at all, be it by a refusal."""
+        return await self._announced(timeout_s) != "unanswered"
+
+    async def _announced(self, timeout_s: float) -> Literal["accepted", "refused", "unanswered"]:
         try:
             await self._post.send(self._online(), event_id=None, timeout_s=timeout_s, **self._parameters)
         except PublishRefused as error:
             if self._sampler.due(error.topic) is not None:
                 _log.error("presence.refused", topic=error.topic, why=str(error))
-            return False
+            return "refused"
         except BusError as error:
             _log.debug("presence.not_announced", why=str(error))
-            return False
-        return True
+            return "unanswered"
+        return "accepted"
 
     async def goodbye(self, timeout_s: float) -> None:
         """Announce that the service is gone, as its last message on the topic. Where this fails, the will does it."""

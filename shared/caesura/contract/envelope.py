@@ -20,6 +20,12 @@ def source_of(fleet: str, *writer: str) -> str:
     return "/".join(("/caesura", fleet, *writer))
 
 
+def fleet_of(source: str) -> str:
+    """The fleet in the source of a named writer; empty: there is none, as in those of versions before 0.1.0 (``/caesura/host/host-1``)."""
+    parts = source.split("/")
+    return parts[2] if len(parts) > 4 and parts[:2] == ["", "caesura"] else ""
+
+
 class Message(msgspec.Struct, frozen=True, kw_only=True):
     """The base of every message body. ``TYPE`` is the CloudEvents ``type``; v1 only grows."""
 

@@ -14,7 +14,7 @@ import ctypes
 import errno
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -66,14 +66,16 @@ class Database:
             connection, for another thread, to an existing file with its schema. Its commits are synced to
             the disk only with the next transaction of the first (``synchronous=NORMAL``): for work that may be repeated
             after a power cut.
+        any_thread: whether another thread than the one that opened it may use it, one at a time.
 
     Raises:
         StoreError: the file cannot be opened or is not a Caesura store.
         NewerStore: a newer Caesura wrote it.
     """
 
-    def __init__(self, path: str, migrations: Sequence[str] | None) -> None:
+    def __init__(self, path: str, migrations: Sequence[str] | None, *, any_thread: bool = False) -> None:
         self.path = path
+        self._any_thread = any_thread
         self.commits = 0
         """The number of committed transactions of this connection."""
         self._refused = ""
@@ -95,10 +97,14 @@ class Database:
             refused.temporary = _is_temporary(error)
             raise refused from error
 
-    @staticmethod
-    def _connect(place: str) -> sqlite3.Connection:
-        uri = place.startswith("file:")
-        return sqlite3.connect(place, timeout=_BUSY_TIMEOUT_S, isolation_level=None, uri=uri)
+    def _connect(self, place: str) -> sqlite3.Connection:
+        return sqlite3.connect(
+            place,
+            timeout=_BUSY_TIMEOUT_S,
+            isolation_level=None,
+            uri=place.startswith("file:"),
+            check_same_thread=not self._any_thread,
+        )
 
     def defer_syncs(self) -> None:
         """From now on commits do not wait for the disk: ``Wal`` syncs them, and folds the WAL into the file.
@@ -194,6 +200,28 @@ class Database:
                 f"{what} in the store {self.path} cannot be read: {error}. Either a newer Caesura wrote it, and that version must be run, "
                 "or the file is damaged: restore a backup of it, or move it away to start without it."
             ) from error
+
+    def run_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Run one statement with each of these rows of values.
+
+        Raises:
+            StoreError: the statement failed.
+        """
+        try:
+            self._connection.executemany(sql, rows)
+        except _ERRORS as error:
+            raise self._failed("cannot use the store", error) from error
+
+    def replace_by(self, other: Database) -> None:
+        """Make the content that of another database with the same schema: page by page, without a statement or a trigger for each row.
+
+        Raises:
+            StoreError: it cannot be copied.
+        """
+        try:
+            other._connection.backup(self._connection)
+        except _ERRORS as error:
+            raise self._failed("cannot copy into the store", error) from error
 
     def ping(self) -> str:
         """Empty text if the store works, else what is wrong; for health probes.

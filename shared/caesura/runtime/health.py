@@ -22,6 +22,7 @@ from prometheus_client.aiohttp import make_aiohttp_handler
 
 from caesura.runtime.connections import Bounds, Gate, bound_sockets
 from caesura.runtime.errors import CaesuraError
+from caesura.runtime.fleet_label import registry_of_fleet
 from caesura.runtime.listen import parse_listen
 
 _WHY = 200  # characters of the error in a request: a header may be long
@@ -212,11 +213,15 @@ def _address(opened: socket.socket) -> str:
 
 
 def health_app(
-    pings: Mapping[str, Ping], registry: CollectorRegistry, metrics: MetricsHandler | None = None
+    pings: Mapping[str, Ping],
+    registry: CollectorRegistry,
+    metrics: MetricsHandler | None = None,
+    *,
+    fleet: str = "default",
 ) -> web.Application:
     """The three endpoints as an aiohttp application, to be served or mounted.
 
-    ``metrics`` answers /metrics instead of the default, which renders ``registry`` on the event loop.
+    ``metrics`` answers /metrics instead of the default, which renders ``registry`` on the event loop, with ``fleet`` as a label.
     """
 
     async def live(_: web.Request) -> web.Response:
@@ -230,7 +235,7 @@ def health_app(
     app = web.Application()
     app.router.add_get("/live", live)
     app.router.add_get("/ready", ready)
-    app.router.add_get("/metrics", metrics or make_aiohttp_handler(registry))
+    app.router.add_get("/metrics", metrics or make_aiohttp_handler(registry_of_fleet(registry, fleet)))
     return app
 
 
@@ -243,16 +248,17 @@ async def serve_health(
     extend: Callable[[web.Application], None] | None = None,
     metrics: MetricsHandler | None = None,
     bounds: Bounds = DEFAULT_BOUNDS,
+    fleet: str = "default",
 ) -> AsyncIterator[None]:
     """Serve health on ``listen`` while the block runs; with an empty ``listen``, serve nothing.
 
-    ``extend`` adds the service's other routes; for ``metrics`` see ``health_app``, for ``bounds``
+    ``extend`` adds the service's other routes; for ``metrics`` and ``fleet`` see ``health_app``, for ``bounds``
     ``serve_app``.
     """
     if not listen:
         yield
         return
-    app = health_app(pings, registry, metrics)
+    app = health_app(pings, registry, metrics, fleet=fleet)
     if extend is not None:
         extend(app)
     async with serve_app(app, listen, bounds=bounds):

@@ -3,7 +3,7 @@
 One session each. The process whose session has the advisory lock leads; what keeps another from writing is the epoch in the row of
 ``caesura.store``, which every transaction updates first and so holds. Everything here blocks, and is called in a thread.
 
-A leader gives a sign of life in the store's row. If it has given none for the lease, by a standby's own clock, that one has the server end the leader's session: one that is
+A leader gives a sign of life in the store's row, and its lease is there. If it has given none for so long, by a standby's own clock, that one has the server end the leader's session: one that is
 stopped or cut off keeps the lock no longer than that, whatever the network says.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ipaddress
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -24,6 +24,8 @@ from caesura.runtime.errors import NewerStore, StoreError
 from caesura.runtime.settings import Secret
 from caesura.runtime.shared_rows import Content, Row, TableChanges, TableColumns, WrongStore
 
+_LEAST_CONNECT_S = 2
+"""s: libpq makes two of one second."""
 OLDEST = 14
 """The oldest major version of the server: it has ``idle_session_timeout``."""
 
@@ -34,8 +36,15 @@ _LOCK_SCHEMA = _LOCK + 1
 _EXISTS = (
     "SELECT EXISTS (SELECT FROM pg_catalog.pg_tables WHERE schemaname = 'caesura' AND tablename = 'store')"
 )
+CLOCKS_S = 1.5
+"""s: how much a leader's clock may differ from the database's."""
+_HAS_BUS = "SELECT EXISTS (SELECT FROM pg_catalog.pg_attribute WHERE attrelid = 'caesura.store'::regclass AND attname = 'bus')"
 _CHUNK_BYTES = 16 * 1024 * 1024
 """bytes of rows in one statement: the server refuses 1 GB."""
+_CHUNK_ROWS = 2000
+"""rows in one answer, after which a leader that takes over may give a sign of life."""
+_BEATS = 8
+"""Signs of life in one lease during a take-over, at most."""
 _TYPES = {"TEXT": "text", "BLOB": "bytea", "INTEGER": "bigint"}
 _REFUSED = ("password", "passfile", "service", "servicefile", "sslpassword")
 """Parameters of the URL that would hold a secret, or take the connection elsewhere than the URL says."""
@@ -66,15 +75,26 @@ class PostgresOptions(msgspec.Struct, frozen=True, kw_only=True):
         """What libpq is called with, without the password (https://www.postgresql.org/docs/current/libpq-connect.html)."""
         try:
             given = conninfo_to_dict(self.url)
-        except psycopg.ProgrammingError as error:
+        except psycopg.ProgrammingError:
+            # What libpq says of it quotes it, and a password may be in it.
             raise WrongStore(
-                f"the store's URL cannot be read ({' '.join(str(error).split())}): write postgresql://user@host/database"
+                "the store's URL cannot be read, as a character that needs %XX or a parameter that does not exist: write "
+                "postgresql://user@host/database"
             ) from None
         for each in _REFUSED:
             if each in given:
                 raise WrongStore(
                     f"the store's URL must not have {each}: the password comes from the file that CAESURA_COORDINATOR_STORE_PASSWORD_FILE names"
                 )
+        ports = str(given.get("port") or "").split(",")
+        if not all(each == "" or (each.isascii() and each.isdigit()) for each in ports):
+            raise WrongStore(
+                "the store's URL has a port that is not a number: write postgresql://user@host:5432/database, without a password"
+            )
+        if "@" in str(given.get("dbname") or ""):
+            raise WrongStore(
+                "the store's URL has an @ in the name of the database: write postgresql://user@host/database, without a password"
+            )
         if not given.get("dbname"):
             raise WrongStore("the store's URL names no database: write postgresql://user@host/database")
         if not given.get("host") and not given.get("hostaddr"):
@@ -93,7 +113,7 @@ class PostgresOptions(msgspec.Struct, frozen=True, kw_only=True):
             "tcp_keepalives_count": 2,
         }
         made = {
-            "connect_timeout": max(2, round(self.lease_s / 2)),  # libpq takes one second for none
+            "connect_timeout": self._connect_timeout_s(given),
             "tcp_user_timeout": milliseconds,
             "keepalives_idle": max(1, round(self.lease_s / 3)),
             "keepalives_interval": max(1, round(self.lease_s / 3)),
@@ -107,10 +127,21 @@ class PostgresOptions(msgspec.Struct, frozen=True, kw_only=True):
         more = " ".join(f"-c {name}={value}" for name, value in settings.items())
         return {**made, "options": f"{given.get('options', '')} {more}".strip()}
 
+    def _connect_timeout_s(self, given: Mapping[str, Any]) -> int:
+        """For each host, so that all of them are tried within one lease."""
+        hosts = len(_hosts(given))
+        each_s = max(_LEAST_CONNECT_S, int(self.lease_s / (hosts + 1)))
+        if hosts > 1 and hosts * each_s >= self.lease_s:
+            raise WrongStore(
+                f"a lease of {self.lease_s:g} s is too short for the {hosts} hosts in the store's URL: the last one would not be tried if the others are "
+                f"silent. Set CAESURA_COORDINATOR_LEASE_S to more than {hosts * _LEAST_CONNECT_S}, or name fewer"
+            )
+        return each_s
+
     def _tls(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Over a network the server is checked, unless the URL says otherwise."""
         mode = given.get("sslmode")
-        hosts = str(given.get("hostaddr") or given.get("host")).split(",")
+        hosts = _hosts(given)
         if self.ca_file and mode in {"disable", "allow", "prefer"}:
             raise WrongStore(f"a CA file is set but the store's URL says sslmode={mode}: remove one of them")
         if mode is None and not self.ca_file and all(_is_here(each) for each in hosts):
@@ -128,6 +159,10 @@ class PostgresOptions(msgspec.Struct, frozen=True, kw_only=True):
         return f"postgresql://{where}/{given['dbname']}"
 
 
+def _hosts(given: Mapping[str, Any]) -> list[str]:
+    return str(given.get("hostaddr") or given.get("host")).split(",")
+
+
 def _is_here(host: str) -> bool:
     """Whether it is a unix socket or this machine."""
     if host.startswith(("/", "@")) or host == "localhost":
@@ -138,6 +173,15 @@ def _is_here(host: str) -> bool:
         return False
 
 
+class _Reading(msgspec.Struct):
+    """What the store's row has while it is read: only our signs of life change it."""
+
+    epoch: int
+    beat: int
+    beat_at: float
+    """seconds on the monotonic clock"""
+
+
 class PostgresRows:
     """See the module, and ``caesura.runtime.shared_rows.SharedRows``.
 
@@ -145,18 +189,33 @@ class PostgresRows:
         options: how to reach the database.
         columns: maps each table to its columns.
         version: of the schema that these columns are of.
+        tables: the names of the tables of an earlier version of the schema; None: they are not checked.
+        clock: of this machine, seconds since 1970.
     """
 
-    def __init__(self, options: PostgresOptions, columns: Mapping[str, TableColumns], version: int) -> None:
+    def __init__(
+        self,
+        options: PostgresOptions,
+        columns: Mapping[str, TableColumns],
+        version: int,
+        tables: Callable[[int], Iterable[str]] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.label = options.label
+        self.answers = 0
+        """See ``SharedRows``."""
+        self.bus = ""
+        """See ``SharedRows``."""
         self._options = options
         self._columns = columns
         self._version = version
+        self._tables = tables
+        self._clock = clock
         self._session: psycopg.Connection[Any] | None = None
         self._epoch = 0
         """Our own: the one in the store while nobody else leads."""
-        self._seen: tuple[int, int] | None = None
-        """The leader's epoch and its last sign of life."""
+        self._seen: Any = None
+        """The leader's epoch and its last signs of life."""
         self._seen_at = 0.0
         """When that was first seen, seconds on the monotonic clock."""
 
@@ -169,37 +228,93 @@ class PostgresRows:
                 self._create(self._session)
             return self._read_store()[1]
 
-    def try_lead(self, name: str) -> Content | None:
+    def try_lead(self, name: str, may: Callable[[int], bool] = lambda _: True) -> Content | None:
         """See ``SharedRows.try_lead``."""
         self.open()
         with self._translated("cannot lead with"):
+            self._check_clock()
             if not self._one("SELECT pg_try_advisory_lock(%s)", _LOCK)[0]:
                 self._end_silent_leader()
                 return None
-            # Before anything is read: from here on no earlier leader can write.
-            version, self._epoch = self._one(
-                "UPDATE caesura.store SET epoch = epoch + 1, beat = beat + 1, coordinator = %s, led_since = now() RETURNING version, epoch",
-                name,
-            )
+            version, epoch, beat = self._one("SELECT version, epoch, beat FROM caesura.store")
             if version > self._version:
                 self._read_store()  # it was migrated since: says so
             rows = {}
-            for (table,) in self._made.execute(
-                "SELECT table_name FROM information_schema.tables WHERE table_schema = 'caesura' AND table_name <> 'store'"
-            ).fetchall():
-                rows[table] = self._table(table)
-            return Content(version=version, epoch=self._epoch - 1, rows=rows)
+            reading = _Reading(epoch=epoch, beat=beat, beat_at=time.monotonic())
+            for table in self._tables_of(version):
+                rows[table] = self._table(table, reading)
+            if not may(epoch):
+                self._made.execute("SELECT pg_advisory_unlock(%s)", (_LOCK,))
+                return None
+            # Last: a take-over that fails takes no epoch. Every write of anybody changes the row, so none came between.
+            self._step(
+                "UPDATE caesura.store SET epoch = epoch + 1, beat = beat + 1, coordinator = %s, lease_s = %s, led_since = now() "
+                "WHERE epoch = %s AND beat = %s",
+                name,
+                self._options.lease_s,
+                epoch,
+                reading.beat,
+            )
+            self._epoch = epoch + 1
+            return Content(version=version, epoch=epoch, rows=rows)
+
+    def _check_clock(self) -> None:
+        """Raises StoreError: a wave would start before its NotBefore if the next leader's clock were ahead of this one's."""
+        before = self._clock()
+        (theirs,) = self._one("SELECT extract(epoch FROM clock_timestamp())::float8")
+        after = self._clock()
+        # Between the two readings lies the way there and back: a smaller difference is not one.
+        ahead = max(before - theirs, 0.0) - max(theirs - after, 0.0)
+        if abs(ahead) > CLOCKS_S:
+            raise StoreError(
+                f"the clock of this machine is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} that of the database {self.label}, which "
+                "shows what time other coordinators have: synchronise both (NTP), until then this coordinator does not lead"
+            )
+
+    def _step(self, statement: str, *values: Any) -> None:
+        """An update of the store's row, which must find it. Raises StoreError: another coordinator wrote in the meantime."""
+        if self._made.execute(statement.encode(), values).rowcount != 1:
+            raise StoreError("another coordinator wrote to it while it was read")
+        self.answers += 1
+
+    def _tables_of(self, version: int) -> list[str]:
+        """The tables with the rows, which are those of the version. Raises StoreError: a table is missing, or there is one too many."""
+        found = self._stored_tables()
+        if version == self._version or self._tables is not None:
+            wanted = set(
+                self._columns if version == self._version or self._tables is None else self._tables(version)
+            )
+            wrong = [f"lacks the table caesura.{each}" for each in sorted(wanted - set(found))]
+            wrong += [f"has a table caesura.{each}" for each in sorted(set(found) - wanted)]
+            if wrong:
+                raise StoreError(
+                    f"the database {', '.join(wrong)}, unlike schema version {version}: restore the schema caesura from a backup"
+                )
+        return found
+
+    def _stored_tables(self) -> list[str]:
+        # Not from information_schema: it hides tables on which this role has no rights, and the store would look empty.
+        rows = self._made.execute(
+            "SELECT tablename FROM pg_catalog.pg_tables WHERE schemaname = 'caesura' AND tablename <> 'store' ORDER BY tablename"
+        ).fetchall()
+        return [name for (name,) in rows]
 
     def _end_silent_leader(self) -> None:
-        """End the session that has the lock, if it gave no sign of life for the lease: the next try gets the lock.
+        """End the session that has the lock, if it gave no sign of life for its own lease: the next try gets the lock.
 
         ``idle_session_timeout`` is not enough: it does not run in the middle of a message, where a process may be stopped.
         """
         now = time.monotonic()
-        seen = self._one("SELECT epoch, beat FROM caesura.store")
+        # A statement of its session is a sign of life, too: what it does in a transaction, as a migration, is not in the row before its end.
+        # Of a session of another role the server does not say it.
+        *seen, lease_s = self._one(
+            "SELECT epoch, beat, (SELECT max(state_change) FROM pg_stat_activity JOIN pg_locks USING (pid) WHERE locktype = 'advisory' AND granted "
+            "AND classid = 0 AND objid = %s AND objsubid = 1 AND pg_locks.database = datid), lease_s FROM caesura.store",
+            _LOCK,
+        )
         if seen != self._seen:
             self._seen, self._seen_at = seen, now
-        elif now - self._seen_at > self._options.lease_s:
+        elif now - self._seen_at > (lease_s or self._options.lease_s):
             self._made.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted AND classid = 0 AND objid = %s "
                 "AND objsubid = 1 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
@@ -219,9 +334,9 @@ class PostgresRows:
     def rewrite(self, content: Content) -> None:
         """See ``SharedRows.rewrite``."""
         with self._translated("cannot migrate"), self._fenced(self._epoch):
-            for (table,) in self._made.execute(
-                "SELECT table_name FROM information_schema.tables WHERE table_schema = 'caesura' AND table_name <> 'store'"
-            ).fetchall():
+            # The rows of years are one statement of many seconds; who waits sees each answer.
+            self._made.execute("SET LOCAL statement_timeout = 0")
+            for table in self._stored_tables():
                 self._made.execute(sql.SQL("DROP TABLE caesura.{}").format(sql.Identifier(table)))
             self._create_tables(self._made)
             for table, (_, rows) in content.rows.items():
@@ -232,6 +347,13 @@ class PostgresRows:
         """See ``SharedRows.beat``."""
         with self._translated("cannot reach"), self._fenced(self._epoch):
             pass
+        self.answers += 1
+
+    def led_on(self, bus: str) -> None:
+        """See ``SharedRows.led_on``."""
+        with self._translated("cannot write to"), self._fenced(self._epoch):
+            self._made.execute("UPDATE caesura.store SET bus = %s", (bus,))
+        self.answers += 1
 
     def close(self) -> None:
         """See ``SharedRows.close``."""
@@ -258,6 +380,11 @@ class PostgresRows:
         version = session.info.server_version
         if version < OLDEST * 10_000:
             raise self._wrong(f"is of PostgreSQL {version // 10_000}; at least {OLDEST} is needed")
+        encoding = session.info.parameter_status("server_encoding")
+        if encoding != "UTF8":
+            raise self._wrong(
+                f"has the encoding {encoding}, not UTF8: names would be lost. Make another one: CREATE DATABASE ... OWNER ... ENCODING 'UTF8' TEMPLATE template0"
+            )
         for name, bad in (
             ("fsync", {"off"}),
             ("full_page_writes", {"off"}),
@@ -277,6 +404,11 @@ class PostgresRows:
     def _create(self, session: psycopg.Connection[Any]) -> None:
         """Create the schema in an empty database, and check whose store it is."""
         if self._one_of(session, _EXISTS)[0]:
+            if not self._one_of(session, _HAS_BUS)[0]:
+                session.execute(
+                    "ALTER TABLE caesura.store ADD COLUMN IF NOT EXISTS lease_s float8 NOT NULL DEFAULT 0, "
+                    "ADD COLUMN IF NOT EXISTS bus text NOT NULL DEFAULT ''"
+                )
             return
         with session.transaction():
             session.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK_SCHEMA,))
@@ -284,7 +416,8 @@ class PostgresRows:
                 session.execute("CREATE SCHEMA IF NOT EXISTS caesura")
                 session.execute(
                     "CREATE TABLE caesura.store (only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row), fleet text NOT NULL, "
-                    "version integer NOT NULL, epoch bigint NOT NULL, beat bigint NOT NULL DEFAULT 0, coordinator text NOT NULL, led_since timestamptz)"
+                    "version integer NOT NULL, epoch bigint NOT NULL, beat bigint NOT NULL DEFAULT 0, coordinator text NOT NULL, led_since timestamptz, "
+                    "lease_s float8 NOT NULL DEFAULT 0, bus text NOT NULL DEFAULT '')"
                 )
                 session.execute(
                     "INSERT INTO caesura.store (fleet, version, epoch, coordinator) VALUES (%s, %s, 0, '')",
@@ -306,7 +439,7 @@ class PostgresRows:
 
     def _read_store(self) -> tuple[int, int]:
         """Version and epoch. Raises NewerStore, WrongStore."""
-        fleet, version, epoch = self._one("SELECT fleet, version, epoch FROM caesura.store")
+        fleet, version, epoch, self.bus = self._one("SELECT fleet, version, epoch, bus FROM caesura.store")
         if fleet != self._options.fleet:
             raise self._wrong(
                 f"is the store of fleet {fleet!r}, and this coordinator is of fleet {self._options.fleet!r}: give each fleet a database of its own"
@@ -336,19 +469,41 @@ class PostgresRows:
                 raise self._superseded()
             yield
 
-    def _table(self, table: str) -> tuple[tuple[str, ...], list[Row]]:
+    def _table(self, table: str, reading: _Reading) -> tuple[tuple[str, ...], list[Row]]:
+        """Columns and rows of a table, with signs of life between chunks of rows."""
         names = [
             name
             for (name,) in self._made.execute(
-                "SELECT column_name FROM information_schema.columns WHERE table_schema = 'caesura' AND table_name = %s "
-                "AND column_name <> 'row_number' ORDER BY ordinal_position",
+                "SELECT attname FROM pg_catalog.pg_attribute JOIN pg_catalog.pg_class ON pg_class.oid = attrelid "
+                "JOIN pg_catalog.pg_namespace ON pg_namespace.oid = relnamespace WHERE nspname = 'caesura' AND relname = %s "
+                "AND attnum > 0 AND NOT attisdropped AND attname <> 'row_number' ORDER BY attnum",
                 (table,),
             )
         ]
         chosen = sql.SQL(", ").join(sql.Identifier(name) for name in ("row_number", *names))
-        query = sql.SQL("SELECT {} FROM caesura.{} ORDER BY row_number").format(chosen, sql.Identifier(table))
+        query = sql.SQL("SELECT {} FROM caesura.{} WHERE row_number > %s ORDER BY row_number LIMIT %s")
+        rows: list[Row] = []
         with self._made.cursor(binary=True) as cursor:
-            return tuple(names), cursor.execute(query).fetchall()
+            last, more = -(2**63), True
+            while more:
+                chunk = cursor.execute(
+                    query.format(chosen, sql.Identifier(table)), (last, _CHUNK_ROWS)
+                ).fetchall()
+                rows += chunk
+                self.answers += 1
+                if more := len(chunk) == _CHUNK_ROWS:
+                    last = chunk[-1][0]
+                    self._beat_in(reading)
+        return tuple(names), rows
+
+    def _beat_in(self, reading: _Reading) -> None:
+        if (now := time.monotonic()) - reading.beat_at >= self._options.lease_s / _BEATS:
+            self._step(
+                "UPDATE caesura.store SET beat = beat + 1 WHERE epoch = %s AND beat = %s",
+                reading.epoch,
+                reading.beat,
+            )
+            reading.beat, reading.beat_at = reading.beat + 1, now
 
     def _remove(self, table: str, numbers: Sequence[int]) -> None:
         if numbers:
@@ -372,6 +527,7 @@ class PostgresRows:
             ),
         )
         for chunk in _chunks(rows):
+            self.answers += 1
             self._made.execute(statement, [list(values) for values in zip(*chunk, strict=True)])
 
     def _one(self, query: str, *values: Any) -> Any:

@@ -26,6 +26,7 @@ async def serve(
     *,
     drain: Callable[[], Awaitable[None]],
     drain_timeout_s: float = 10.0,
+    stop: asyncio.Event | None = None,
 ) -> None:
     """Run ``tasks`` until a signal, then ``drain`` and cancel them.
 
@@ -33,11 +34,12 @@ async def serve(
         tasks: name to a function that starts the eternal task.
         drain: finishes or undoes work in flight; also called when a task failed, before the failure is raised.
         drain_timeout_s: seconds that ``drain`` may take; a host updater's must exceed the pause budget.
+        stop: set by the signal, for a caller that would otherwise start again after a failure.
 
     Raises:
         BaseExceptionGroup: what the tasks raised; TaskEnded among it for one that returned.
     """
-    stop = asyncio.Event()
+    stop = asyncio.Event() if stop is None else stop
     loop = asyncio.get_running_loop()
     signals = (signal.SIGTERM, signal.SIGINT)
 

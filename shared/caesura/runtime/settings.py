@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import stat
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import unquote
 
 import msgspec
 from msgspec import Meta
@@ -23,6 +25,21 @@ from caesura.runtime.errors import ConfigError
 from caesura.runtime.validation_errors import describe_error
 
 _SECRET_BYTES = 4096  # a secret is one line; this bounds the read of a device or a huge file
+
+
+_USER_INFO = re.compile(r"://([^:@\s]*):\S*@")
+"""Up to the last @: an unescaped password may have any character, slashes too."""
+_PARAMETER = re.compile(r"([?&])([^=&\s]+)=([^&\s]*)")
+
+
+def redacted(text: str) -> str:
+    """A setting as it may be shown: if it is a URL, without a password that should not be in it."""
+    if "://" not in text:
+        return text
+    text = _USER_INFO.sub(r"://\1:***@", text)
+    return _PARAMETER.sub(
+        lambda found: f"{found[1]}{found[2]}=***" if "pass" in unquote(found[2]).lower() else found[0], text
+    )
 
 
 class SettingsError(ConfigError):
@@ -140,7 +157,7 @@ def read_settings(settings: type[S], prefix: str, environ: Mapping[str, str]) ->
         try:
             msgspec.convert({field.name: raw[field.name]}, single, strict=False, dec_hook=_decode_custom)
         except msgspec.ValidationError as error:
-            shown = "the file's content" if is_secret(field) else repr(given[name])
+            shown = "the file's content" if is_secret(field) else repr(redacted(given[name]))
             why = describe_error(error, single).split(" - at ")[0]
             if why.startswith("Expected `array`"):
                 why += '; give JSON, such as ["one", "two"]'
@@ -161,7 +178,7 @@ def show_settings(settings: msgspec.Struct, prefix: str) -> str:
         elif isinstance(value, list | tuple | dict):
             text = msgspec.json.encode(value).decode()
         else:
-            text = "" if value is None else str(value)
+            text = "" if value is None else redacted(str(value))
         lines.append(f"{variable_name(prefix, field)}={text}")
     return "\n".join(lines)
 

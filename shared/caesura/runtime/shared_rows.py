@@ -5,7 +5,7 @@ Rows are known by table and number (SQLite's ``rowid``), so that several changes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -65,6 +65,11 @@ class SharedRows(Protocol):
 
     label: str
     """The database, for people; without a password."""
+    answers: int
+    """How many answers it has given: who waits for a method that needs many, in another thread, sees that it continues."""
+
+    bus: str
+    """Where the last leader announced itself, as of the last ``open``; empty: not known."""
 
     def open(self) -> int:
         """Connect if there is no session, check server and schema, and create what is missing; returns the epoch.
@@ -74,8 +79,13 @@ class SharedRows(Protocol):
             NewerStore, WrongStore: it must not be used.
         """
 
-    def try_lead(self, name: str) -> Content | None:
-        """Become the leader, unless another process is: raise the epoch by one, then read everything.
+    def try_lead(self, name: str, may: Callable[[int], bool] = lambda _: True) -> Content | None:
+        """Become the leader, unless another process is: read everything, then raise the epoch by one if nobody wrote in the meantime.
+
+        It gives signs of life while it reads.
+
+        Args:
+            may: whether it may still lead when everything is read, given the epoch in the store. If not, others may.
 
         Raises:
             As ``open``.
@@ -93,6 +103,9 @@ class SharedRows(Protocol):
 
     def beat(self) -> None:
         """Keep the session alive. Raises StoreError."""
+
+    def led_on(self, bus: str) -> None:
+        """Note on which bus this leader has announced itself. Raises StoreError."""
 
     def close(self) -> None:
         """End the session; ``open`` makes another."""
@@ -144,13 +157,10 @@ class WorkingCopy:
         self._database.run("DELETE FROM changed_row")
         return found
 
-    def fill(self, content: Content) -> None:
-        """Replace everything by this content; none of it counts as changed."""
-        with self._database.transaction():
-            for table in self.columns:
-                self._database.run(f"DELETE FROM {table}")  # noqa: S608 - the schema's own names
-            insert(self._database, content)
-            self._database.run("DELETE FROM changed_row")
+    def fill(self, database: Database) -> None:
+        """Replace everything by the content of this database, which has the same schema; none of it counts as changed."""
+        self._database.replace_by(database)
+        self._database.run("DELETE FROM changed_row")
 
 
 def columns_of(database: Database, leave_out: Iterable[str] = ()) -> dict[str, TableColumns]:
@@ -171,8 +181,7 @@ def insert(database: Database, content: Content) -> None:
     for table, (names, rows) in content.rows.items():
         places = ", ".join("?" * (len(names) + 1))
         statement = f"INSERT INTO {table} (rowid, {', '.join(names)}) VALUES ({places})"  # noqa: S608 - the schema's own names
-        for row in rows:
-            database.run(statement, *row)
+        database.run_many(statement, rows)
 
 
 def migrated(content: Content, migrations: Sequence[str], leave_out: Iterable[str] = ()) -> Content:

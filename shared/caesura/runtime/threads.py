@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import TypeVar
@@ -45,6 +46,25 @@ async def in_thread_to_its_end(name: str, work: Callable[[threading.Event], T]) 
         if not running.cancelled():
             running.exception()  # mark it as retrieved
         raise
+
+
+def meanwhile(name: str, work: Callable[[], T], every_s: float, sign: Callable[[], None]) -> T:
+    """What ``work`` returns or raises, from a thread of its own; in this one, ``sign`` is called every so many seconds until then.
+
+    When ``sign`` raises, that is raised, and the thread is abandoned.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - it is raised where it is awaited
+            done.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    while not wait([done], timeout=every_s).done:
+        sign()
+    return done.result()
 
 
 class Worker:

@@ -88,6 +88,25 @@ async def test_the_leader_is_cut_off_from_the_broker(state: str, how: str, duo: 
     await pair.done(rollout)
 
 
+@states("frozen")
+async def test_the_leader_is_cut_off_from_database_and_broker_at_once(
+    state: str, duo: Callable[..., Any]
+) -> None:
+    """As by its network: nothing tells anybody. It lost the lead before it can be reached again."""
+    pair = await duo()
+    await pair.up()
+    rollout = await pair.stage.roll(soak_s=2.0)
+    async with pair.stage.held_in(state, rollout):
+        for path in (pair.databases["one"], pair.brokers["one"]):
+            path.stall()
+        await pair.until_leads("two")
+    for path in (pair.databases["one"], pair.brokers["one"]):
+        path.cut()
+        path.flow()
+    await pair.until_stands_by("one")
+    await pair.done(rollout)
+
+
 @states("scheduled", "frozen")
 async def test_the_database_is_restarted(state: str, duo: Callable[..., Any]) -> None:
     pair = await duo()
@@ -121,7 +140,7 @@ async def test_a_rollout_waits_for_its_store_and_says_so(duo: Callable[..., Any]
 
 
 async def test_a_promoted_replica_has_everything(duo: Callable[..., Any]) -> None:
-    pair = await duo()
+    pair = await duo(lease_s="6")  # two servers need more than two seconds each
     replica = await pair.server.replica()
     try:
         hosts = f"127.0.0.1:{pair.server.port},127.0.0.1:{replica.port}"

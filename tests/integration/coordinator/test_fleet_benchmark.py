@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from caesura_testing.broker import mosquitto_installed
 from caesura_testing.patience import patient
+from caesura_testing.postgresql import programs
 
 _BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "fleet.py"
 
@@ -30,3 +34,34 @@ def test_whole_rollouts_over_scripted_hosts_complete() -> None:
         assert each["coordinator_messages"] > 2 * each["vms"]
         assert each["cpu_s"] > 0
         assert each["verdict_ms"] > 0
+
+
+@pytest.mark.skipif(
+    programs() is None or not mosquitto_installed(), reason="postgresql or mosquitto is not installed"
+)
+def test_a_rollout_over_a_real_broker_ends_though_its_leader_is_killed() -> None:
+    words = [
+        "--mosquitto",
+        "--kill",
+        "--vms",
+        "100",
+        "--domains",
+        "10",
+        "--per-set",
+        "20",
+        "--connections",
+        "4",
+    ]
+    done = subprocess.run(
+        [sys.executable, str(_BENCHMARK), *words, "--json"],
+        capture_output=True,
+        text=True,
+        timeout=patient(150),
+        check=False,
+    )
+    assert done.returncode in {0, 1}, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["vms"], told["hosts"], told["waves"], told["connections"]) == (100, 10, 10, 4)
+    assert told["kills"] == 1
+    assert told["cpu_s"] > 0
+    assert 0 < told["accepted_median_s"] <= told["accepted_p99_s"]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import pytest
@@ -16,7 +20,7 @@ from caesura.contract import messages as m
 from caesura.fleet.fold import apply
 from caesura.fleet.state import FleetState
 from caesura.lifecycle.command_compatibility import COMMANDS
-from caesura.runtime.errors import NewerStore
+from caesura.runtime.errors import NewerStore, StoreError
 from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.settings import Secret
 from caesura.runtime.shared_rows import StoreLost, WorkingCopy, WrongStore
@@ -28,6 +32,7 @@ from caesura_coordinator.records import Rollout, new_rollout
 from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.shared_store import LEFT_OUT, SharedStore, working_copy
 from caesura_coordinator.store import MIGRATIONS, CoordinatorStore
+from caesura_coordinator.store_options import tables_of
 from caesura_testing.patience import patient
 from caesura_testing.postgresql import PostgresServer, programs
 from caesura_testing.proxy import TcpProxy
@@ -50,8 +55,9 @@ def rows_of(url: str, copy: WorkingCopy, **changes: Any) -> Callable[[], Any]:
     from caesura.runtime.postgresql import PostgresOptions, PostgresRows  # noqa: PLC0415
 
     version = changes.pop("version", len(MIGRATIONS))
+    clock = changes.pop("clock", time.time)
     options = PostgresOptions(**{"url": url, "fleet": "default", "name": "c", "lease_s": _LEASE_S, **changes})
-    return lambda: PostgresRows(options, copy.columns, version)
+    return lambda: PostgresRows(options, copy.columns, version, tables_of, clock)
 
 
 @asynccontextmanager
@@ -394,6 +400,101 @@ async def test_a_server_that_may_lose_commits_is_refused(
             await lead(first)
 
 
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        ("REVOKE SELECT ON caesura.rollout FROM caesura", "permission denied for table rollout"),
+        ("ALTER TABLE caesura.rollout OWNER TO postgres", "permission denied for table rollout"),
+        ("DROP TABLE caesura.rollout", "lacks the table caesura.rollout, unlike schema version"),
+        ("CREATE TABLE caesura.note (x integer)", "has a table caesura.note, unlike schema version"),
+    ],
+)
+async def test_a_store_that_cannot_be_read_whole_is_not_led_and_takes_no_epoch(
+    damage: str, why: str, server: PostgresServer
+) -> None:
+    async with coordinator_of(server.url) as first:
+        started(await lead(first), fleet_of())
+        await first.reached()
+    before = await server.sql("SELECT epoch FROM caesura.store")
+    await server.sql(damage)
+    async with coordinator_of(server.url) as second:
+        waiting = asyncio.create_task(lead(second))
+        await until(lambda: why in second.waits_for)
+        assert not second.leads
+        assert await server.sql("SELECT epoch FROM caesura.store") == before
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def test_a_large_store_is_read_in_chunks_and_not_led_if_somebody_wrote_meanwhile(
+    server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from caesura.runtime import postgresql  # noqa: PLC0415
+
+    monkeypatch.setattr(postgresql, "_CHUNK_ROWS", 2)
+    async with coordinator_of(server.url) as first:
+        store = await lead(first)
+        with store.transaction():
+            for number in range(7):
+                store.save_owner(f"w{number}", "h", 1)
+        await first.reached()
+        owners = store.owners()
+    _, copy = working_copy()
+    rows = rows_of(server.url, copy)()
+    content = await asyncio.to_thread(rows.try_lead, "two")
+    assert content is not None
+    assert len(content.rows["owner"][1]) == len(owners) == 7
+    rows.close()
+    epoch = await server.sql("SELECT epoch FROM caesura.store")
+    real = rows._table
+
+    def written(table: str, *more: Any) -> Any:
+        with psycopg.connect(server.url) as other:
+            other.execute("UPDATE caesura.store SET beat = beat + 1")
+        return real(table, *more)
+
+    monkeypatch.setattr(rows, "_table", written)
+    with pytest.raises(StoreError, match="another coordinator wrote to it while it was read"):
+        await asyncio.to_thread(rows.try_lead, "two")
+    assert await server.sql("SELECT epoch FROM caesura.store") == epoch
+
+
+async def test_who_may_not_lead_any_more_when_everything_is_read_leaves_the_lead_to_others(
+    server: PostgresServer,
+) -> None:
+    _, copy = working_copy()
+    first, second = rows_of(server.url, copy, name="one")(), rows_of(server.url, copy, name="two")()
+    assert await asyncio.to_thread(first.try_lead, "one", lambda _: False) is None
+    assert await server.sql("SELECT epoch FROM caesura.store") == "0"
+    assert await asyncio.to_thread(second.try_lead, "two") is not None
+    first.close()
+    second.close()
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+async def test_a_database_that_is_not_in_utf8_is_refused(encoding: str, server: PostgresServer) -> None:
+    await server.sql(
+        f"CREATE DATABASE other OWNER caesura ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0",
+        database="postgres",
+    )
+    async with coordinator_of(server.url.removesuffix("/caesura") + "/other") as shared:
+        with pytest.raises(WrongStore, match=f"has the encoding {encoding}, not UTF8: .* ENCODING 'UTF8'"):
+            await lead(shared)
+
+
+async def test_a_coordinator_whose_clock_is_wrong_does_not_lead(server: PostgresServer) -> None:
+    off = [0.0]
+    _, copy = working_copy()
+    rows = rows_of(server.url, copy, clock=lambda: time.time() + off[0])()
+    for seconds, why in ((60.0, "60 s ahead of that of the database"), (-60.0, "60 s behind that of")):
+        off[0] = seconds
+        with pytest.raises(StoreError, match=why):
+            await asyncio.to_thread(rows.try_lead, "c")
+    off[0] = 0.0
+    assert await asyncio.to_thread(rows.try_lead, "c") is not None
+    rows.close()
+
+
 async def test_a_schema_of_an_older_version_is_migrated_by_the_leader(server: PostgresServer) -> None:
     from caesura.runtime.database import Database  # noqa: PLC0415
     from caesura.runtime.postgresql import PostgresOptions, PostgresRows  # noqa: PLC0415
@@ -475,7 +576,7 @@ async def test_a_leader_that_is_silent_in_the_middle_of_a_query_does_not_keep_th
 ) -> None:
     """There the server waits without a time limit: a session with the lock, stopped between the messages of one query."""
     async with coordinator_of(server.url, name="two", lease_s=2.0) as second:
-        async with coordinator_of(server.url, name="zero") as first:
+        async with coordinator_of(server.url, name="zero", lease_s=2.0) as first:
             await lead(first)
         stuck = psycopg.connect(server.url, autocommit=True, options="-c idle_session_timeout=0")
         try:
@@ -485,6 +586,59 @@ async def test_a_leader_that_is_silent_in_the_middle_of_a_query_does_not_keep_th
                 stuck.execute("SELECT 1")
         finally:
             stuck.close()
+
+
+async def test_a_standby_goes_by_the_lease_of_the_leader(
+    server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from caesura.runtime import postgresql  # noqa: PLC0415
+
+    now = [1000.0]
+    monkeypatch.setattr(postgresql, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    _, copy = working_copy()
+    leader = rows_of(server.url, copy, name="one", lease_s=30.0)()
+    hasty = rows_of(server.url, copy, name="two", lease_s=5.0)()
+    assert await asyncio.to_thread(leader.try_lead, "one") is not None
+    assert await asyncio.to_thread(hasty.try_lead, "two") is None
+    now[0] += 20.0
+    assert await asyncio.to_thread(hasty.try_lead, "two") is None
+    await asyncio.to_thread(leader.beat)
+    assert await asyncio.to_thread(hasty.try_lead, "two") is None
+    now[0] += 31.0
+    await asyncio.to_thread(hasty.try_lead, "two")
+    with pytest.raises(StoreError):
+        await asyncio.to_thread(leader.beat)
+    hasty.close()
+    leader.close()
+
+
+async def test_a_leader_in_a_long_transaction_is_not_ended_while_it_does_something(
+    server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a take-over that migrates the store: its signs of life in the row come with the end of the transaction."""
+    from caesura.runtime import postgresql  # noqa: PLC0415
+
+    now = [1000.0]
+    monkeypatch.setattr(postgresql, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    _, copy = working_copy()
+    busy, rows = rows_of(server.url, copy, name="one")(), rows_of(server.url, copy, name="two")()
+    assert await asyncio.to_thread(busy.try_lead, "one") is not None
+
+    def ended() -> bool:
+        now[0] += 10 * _LEASE_S
+        assert rows.try_lead("two") is None
+        return bool(busy._made.closed)
+
+    with contextlib.suppress(psycopg.Error), busy._made.transaction():
+        for _ in range(3):
+            assert not await asyncio.to_thread(ended)
+            busy._made.execute("UPDATE caesura.store SET beat = beat + 1")
+        await asyncio.to_thread(ended)
+        await asyncio.to_thread(ended)
+        with pytest.raises(psycopg.OperationalError):
+            busy._made.execute("SELECT 1")
+    rows.close()
+    busy.close()
 
 
 async def test_tls_is_checked_against_the_ca_and_the_name(server: PostgresServer, tmp_path: Path) -> None:
@@ -521,3 +675,35 @@ async def test_a_server_without_a_free_connection_is_waited_for(server: Postgres
             await until(lambda: second.waits_for == "another coordinator leads")
             waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a disk of its own needs root")
+async def test_a_database_whose_disk_is_full_ends_the_lead_and_keeps_what_it_had(
+    server: PostgresServer,
+) -> None:
+    async with coordinator_of(server.url, name="one") as first:
+        started(await lead(first), fleet_of())
+        await first.reached()
+    async with server.small_disk(16 * 1024 * 1024) as disk:
+        async with coordinator_of(server.url, name="one") as first:
+            store = await lead(first)
+            before = everything(store)
+            with contextlib.suppress(OSError), (disk / "fills").open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+            with store.transaction():
+                for number in range(5000):
+                    store.save_owner(f"w{number}", "h0", 3)
+            with pytest.raises(StoreLost, match="No space left on device"):
+                await first.reached()
+            assert not first.leads
+        # Nobody keeps the others from the lead, and nothing of what failed is there.
+        async with coordinator_of(server.url, name="two") as second:
+            assert everything(await lead(second))[1:] == before[1:]
+            (disk / "fills").unlink()
+            with second.store.transaction():
+                for number in range(5000):
+                    second.store.save_owner(f"w{number}", "h0", 3)
+            await second.reached()
+        async with coordinator_of(server.url, name="one") as first:
+            assert len((await lead(first)).owners()) == 5000

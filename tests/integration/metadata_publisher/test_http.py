@@ -913,8 +913,8 @@ async def test_the_command_with_a_real_broker(kind: Literal["mosquitto", "embedd
                 async with aiohttp.ClientSession(f"http://{health}") as session:
                     assert (await session.get("/ready")).status == 200
                     metrics = await (await session.get("/metrics")).text()
-                assert "caesura_metadata_approvals_total 1.0" in metrics
-                assert 'endpoint="scheduledevents",method="POST",status="200"} 1.0' in metrics
+                assert 'caesura_metadata_approvals_total{fleet="default"} 1.0' in metrics
+                assert 'endpoint="scheduledevents",fleet="default",method="POST",status="200"} 1.0' in metrics
                 process.terminate()
                 assert await asyncio.wait_for(process.wait(), patient(10)) == 0
                 await fleet.until(lambda: not fleet.presence[-1])

@@ -212,8 +212,9 @@ async def play(post: MessageClient, *, online: bool = True) -> None:
 
 
 def series_of(text: str) -> Series:
+    """Without the label of the fleet, which every series of a scrape has."""
     return {
-        (sample.name, frozenset(sample.labels.items())): sample.value
+        (sample.name, frozenset({*sample.labels.items()} - {("fleet", "default")})): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
@@ -487,6 +488,8 @@ async def test_the_command_with_a_real_broker(kind: Literal["mosquitto", "embedd
 
                 await eventually(all_told)
                 text = await scrape()
+                samples = [line for line in text.splitlines() if not line.startswith("#")]
+                assert all('fleet="default"' in line for line in samples)
                 check_numbers(series_of(text))
                 assert await promtool(text) == ""
                 assert (await session.get("/live")).status == 200

@@ -85,7 +85,7 @@ async def test_the_formats_and_names_that_are_asked_for(encoding: str) -> None:
         plain = await session.get("/metrics")
         assert plain.content_type == "text/plain"
         assert plain.headers.get("Content-Encoding", "identity") == encoding
-        assert 'caesura_pause_seconds_count{method="freeze",set="set-1"' in await plain.text()
+        assert 'caesura_pause_seconds_count{fleet="default",method="freeze",set="set-1"' in await plain.text()
         accept = {"Accept": "application/openmetrics-text; version=1.0.0"}
         modern = await session.get("/metrics", headers=accept)
         assert modern.content_type == "application/openmetrics-text"
@@ -123,6 +123,6 @@ async def test_messages_are_folded_while_a_scrape_is_written_out() -> None:
         await exporter.deliver(resumed(7))
         opened.set()
         text = await (await asked).text()
-    assert "gate 1.0" in text
+    assert 'gate{fleet="default"} 1.0' in text
     assert 'set="set-0"' in text
     assert 'set="set-7"' not in text, "what came later is for the next scrape"

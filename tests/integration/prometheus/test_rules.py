@@ -51,8 +51,8 @@ def test_nothing_wakes_anybody_while_nothing_happens() -> None:
         if "critical" in severities and name not in of_a_pause:
             assert severities == ["critical", "warning"], name
             awake, asleep = (" ".join(rule["expr"].split()) for rule in both)
-            assert re.search(r"and on \(\) .*fleet:caesura_active:bool.* == 1$", awake), name
-            assert awake.replace(" and on () ", " unless on () ") == asleep, name
+            assert re.search(r"and on \(fleet\) .*fleet:caesura_active:bool.* == 1$", awake), name
+            assert awake.replace(" and on (fleet) ", " unless on (fleet) ") == asleep, name
             assert both[0]["annotations"] == both[1]["annotations"]
             assert both[0]["for"] == both[1]["for"]
         else:

@@ -675,8 +675,11 @@ async def test_a_frozen_agent_process_finds_its_clock_behind_by_the_pause_and_me
                 async with aiohttp.ClientSession(f"http://{health}") as session:
                     assert (await session.get("/ready")).status == 200
                     metrics = await (await session.get("/metrics")).text()
-                assert 'caesura_agent_hooks_total{hook="recover",outcome="succeeded"} 2.0' in metrics
-                assert "caesura_bus_connected 1.0" in metrics
+                assert (
+                    'caesura_agent_hooks_total{fleet="default",hook="recover",outcome="succeeded"} 2.0'
+                    in metrics
+                )
+                assert 'caesura_bus_connected{fleet="default"} 1.0' in metrics
                 agent.terminate()
                 assert await agent.wait() == 0
                 await host.hears(AgentPresence, online=False)

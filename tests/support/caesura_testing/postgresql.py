@@ -11,7 +11,8 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -209,6 +210,28 @@ class PostgresServer:
     async def promote(self) -> None:
         """Make a replica a primary."""
         await self.sql("SELECT pg_promote()", database="postgres")
+
+    @asynccontextmanager
+    async def small_disk(self, size_bytes: int) -> AsyncIterator[Path]:
+        """A disk of this size, which has the coordinators' tables while the block runs; as root. Gives its folder."""
+        folder = self.folder / "small"
+        place = folder / "tables"
+        folder.mkdir()
+        await self._as_root("mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder))
+        try:
+            place.mkdir()
+            if self._user is not None:
+                os.chown(place, *self._user)
+            await self.sql(f"CREATE TABLESPACE small LOCATION '{place}'")
+            names = await self.sql(
+                "SELECT tablename FROM pg_tables WHERE schemaname = 'caesura' AND tablename <> 'store'"
+            )
+            for each in names.splitlines():
+                await self.sql(f"ALTER TABLE caesura.{each} SET TABLESPACE small")
+            yield folder
+        finally:
+            await self.kill()
+            await self._as_root("umount", str(folder))
 
     async def sql(self, statement: str, *, database: str = "caesura") -> str:
         """Run a statement as the superuser; what psql prints of it, unaligned."""

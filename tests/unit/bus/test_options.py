@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -125,3 +126,17 @@ def test_options_come_from_a_services_settings() -> None:
 
 def test_without_tls_there_is_no_tls_context() -> None:
     assert BrokerOptions().tls() is None
+
+
+def test_at_a_cluster_the_client_id_has_a_code_that_is_not_in_the_name_that_logs_have() -> None:
+    settings = ServiceSettings(broker_url="mqtts://a,b", broker_password=Secret("x"))
+    options = options_from(settings, client_id="me")
+    assert options.client_id == "me"
+    assert options.identifier.removeprefix("me-") not in repr(options)
+    assert re.fullmatch("me-[0-9a-f]{16}", options.identifier)
+    other = options_from(
+        ServiceSettings(broker_url="mqtts://a,b", broker_password=Secret("y")), client_id="me"
+    )
+    assert options.identifier != other.identifier
+    alone = options_from(ServiceSettings(broker_url="mqtts://a", broker_password=Secret("x")), client_id="me")
+    assert alone.identifier == "me"

@@ -120,3 +120,13 @@ async def test_the_will_is_the_goodbye_of_one_that_vanished() -> None:
         broker.kill("gone")
         await eventually(lambda: retained(broker) == message(False))
     assert decode(TOPIC, broker.retained[TOPIC]).header.source == SOURCE
+
+
+async def test_a_refusal_is_an_answer_and_silence_is_not() -> None:
+    refusing = MemoryBus(MemoryBroker(may_publish=lambda *_: False))
+    presence = presence_of(refusing)
+    assert not await presence.answered(timeout_s=0.01), "not connected"
+    async with running(refusing):
+        await refusing.wait_connected(5)
+        assert not await presence.announce()
+        assert await presence.answered()

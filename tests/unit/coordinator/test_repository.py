@@ -201,6 +201,36 @@ def test_of_ended_rollouts_the_bus_shows_the_newest_and_of_the_newest_the_waves(
     ]
 
 
+def test_of_a_rollout_whose_waves_are_no_longer_shown_the_state_of_each_vm_is_not_kept(desk: Desk) -> None:
+    """Else a standby that takes over would read it, for years of rollouts."""
+    running = desk.scheduled().repository.rollouts["r"]
+    assert running.waves[0].readiness
+    done = msgspec.structs.replace(running, status="completed")
+    for number in range(8):
+        desk.repository.add(msgspec.structs.replace(done, id=f"x{number}"), "ops", _ANSWER)
+        desk.repository.prune()
+
+    def with_parts() -> list[str]:
+        rows = desk.repository.store.database.run("SELECT DISTINCT rollout FROM wave_part ORDER BY rollout")
+        return [name for (name,) in rows]
+
+    shown = ["r", *(f"x{number}" for number in range(3, 8))]
+    assert with_parts() == shown
+    assert [each.id for each in desk.repository.rollouts.values() if each.waves[0].readiness] == shown
+    before = dict(desk.repository.rollouts)
+    desk.reopened()
+    assert {name: len(each.waves) for name, each in desk.repository.rollouts.items()} == {
+        name: len(each.waves) for name, each in before.items()
+    }
+    # What an earlier version kept goes as well, a few at a time.
+    desk.repository.store.database.run(
+        "INSERT INTO wave_part (rollout, number, kind, name, body) SELECT 'x0', number, kind, name, body FROM wave_part WHERE rollout = 'x7'"
+    )
+    desk.reopened()
+    desk.repository.prune()
+    assert with_parts() == shown
+
+
 def test_a_rollout_that_a_broker_brings_back_is_removed_again(desk: Desk) -> None:
     done = msgspec.structs.replace(desk.repository.rollouts["r"], status="completed")
     for number in range(60):

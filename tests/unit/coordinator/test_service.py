@@ -30,7 +30,7 @@ from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.lock import InUse, StateFolderUnusable, exclusive_lock
 from caesura_coordinator import requests
 from caesura_coordinator.forget_epoch import forget_epoch
-from caesura_coordinator.leadership import LeadershipLost, NoEpochLeft, presence
+from caesura_coordinator.leadership import LeadershipLost, NoEpochLeft, WrongFleet, presence
 from caesura_coordinator.queued_waves import MOST_QUEUED
 from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.responses import with_plan
@@ -76,12 +76,12 @@ class World:
 
     @asynccontextmanager
     async def coordinator(
-        self, name: str = "c", settle_s: float = 0.05, announce_s: float = 20.0
+        self, name: str = "c", settle_s: float = 0.05, announce_s: float = 20.0, fleet: str = "default"
     ) -> AsyncIterator[Coordinator]:
         """One that runs for the block, and is killed at its end: no drain."""
         store = CoordinatorStore(str(self.folder / f"{name}.sqlite"))
         bus = MemoryBus(self.broker, client_id=name, filters=subscriptions(), clean=False)
-        made = Coordinator(bus, store, instance=name, settle_s=settle_s, announce_s=announce_s)
+        made = Coordinator(bus, store, instance=name, settle_s=settle_s, announce_s=announce_s, fleet=fleet)
         tasks = [asyncio.ensure_future(start()) for start in made.tasks().values()]
         made.running = tasks  # type: ignore[attr-defined]
         try:
@@ -337,6 +337,65 @@ async def test_a_request_that_waited_at_the_broker_for_long_is_refused_but_an_ab
         world.heard.clear()
         assert (await world.ask(_request("now"))).accepted
         assert list(made.repository.rollouts) == [before]
+
+
+class _StandsBy:
+    """Has a coordinator take requests as a standby does, and decide them so many seconds later, as the leader."""
+
+    def __init__(self, made: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._requests = made.requests
+        self._patch = monkeypatch
+
+    async def __call__(self, *asked: Any, later_s: float) -> None:
+        with self._patch.context() as patch:
+            patch.setattr(self._requests, "_leadership", SimpleNamespace(claimed=False, is_leader=False))
+            for each in asked:
+                header = SimpleNamespace(time=datetime.now(UTC))
+                received: Any = SimpleNamespace(parameters={"client": "ops"}, header=header)
+                await self._requests.on_request(each, received)
+        with self._patch.context() as patch:
+            patch.setattr(self._requests, "_now", lambda: datetime.now(UTC) + timedelta(seconds=later_s))
+            self._requests.answer_pending()
+
+
+async def test_what_a_standby_received_long_before_it_leads_is_answered_and_an_abort_is_carried_out(
+    world: World, host: Callable[..., Any], build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.host(host("h1", build("w1")))
+    async with world.coordinator() as made:
+        await eventually(lambda: made.is_leader and bool(made.fleet.inventories))
+        rollout = (await world.ask(_request("q"))).rollout
+        stands_by = _StandsBy(made, monkeypatch)
+        stop = m.AbortRequested(request="stop", rollout="", reason="r")
+        many = [_request(f"q{number}") for number in range(1500)]
+        await stands_by(stop, *many, m.ResumeRequested(request="on", rollout=rollout), later_s=600.0)
+        assert made.repository.rollouts[rollout].status == "aborted"
+        for name in ("q1499", "on"):
+            answer = made.repository.response("ops", name)
+            assert answer is not None
+            assert answer.codes == ("request_late",), name
+        # What another coordinator has answered in the meantime is not answered again.
+        waiting = made.waiting()
+        await stands_by(stop, later_s=600.0)
+        assert made.waiting() <= waiting
+
+
+async def test_an_abort_without_a_name_does_not_end_a_rollout_that_was_started_after_it(
+    world: World, host: Callable[..., Any], build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.host(host("h1", build("w1")))
+    async with world.coordinator() as made:
+        await eventually(lambda: made.is_leader and bool(made.fleet.inventories))
+        rollout = (await world.ask(_request("q"))).rollout
+        stands_by = _StandsBy(made, monkeypatch)
+        younger = made.repository.rollouts[rollout].created_at - timedelta(seconds=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(made.requests, "_now", lambda: younger)
+            await stands_by(m.AbortRequested(request="stop", rollout="", reason="r"), later_s=1.0)
+        assert made.repository.rollouts[rollout].status == "running"
+        answer = made.repository.response("ops", "stop")
+        assert answer is not None
+        assert answer.codes == ("request_late",)
 
 
 async def test_of_two_that_claim_the_same_epoch_exactly_one_leads(world: World) -> None:
@@ -1013,3 +1072,43 @@ async def test_a_coordinator_that_was_stopped_stays_retained_as_offline(world: W
         closing.set()
         await draining
         assert goodbye == presence(a.authority, online=False)
+
+
+async def test_a_coordinator_of_another_fleet_does_not_lead_on_this_broker(world: World) -> None:
+    async with world.coordinator("east") as leads:
+        await eventually(lambda: leads.is_leader)
+        epoch = leads.authority.epoch
+        async with world.coordinator("west", fleet="west") as refused:
+            with pytest.raises(
+                WrongFleet,
+                match="leads fleet 'default' on this broker, and this one is of fleet 'west': give each",
+            ):
+                await refused.running[3]  # type: ignore[attr-defined]
+            assert not refused.is_leader
+        assert leads.is_leader
+        assert leads.authority.epoch == epoch
+    # The other has gone, and its presence says so.
+    await world.post.send(
+        m.CoordinatorPresence(coordinator=leads.authority.coordinator, epoch=epoch, online=False)
+    )
+    async with world.coordinator("west", fleet="west") as alone:
+        await eventually(lambda: alone.is_leader)
+        assert alone.authority.epoch > epoch
+
+
+async def test_nothing_is_planned_on_a_host_that_is_set_to_another_fleet(
+    world: World, host: Any, build: Any
+) -> None:
+    stranger = MessageClient(world.bus, "/caesura/west/host/h1")
+    async with world.coordinator() as made:
+        await eventually(lambda: made.is_leader)
+        one = host("h1", build("w1"), epoch=made.authority.epoch, coordinator=made.authority.coordinator)
+        await world.post.send(m.HostPresence(host="h1", online=True, instance="i"), host="h1")
+        await stranger.send(one, host="h1")
+        refused = await world.ask(_request("q1", plan_only=True))
+        (why,) = refused.plan.refusals  # type: ignore[union-attr]
+        assert (why.subject, why.code) == ("h1", "host_of_another_fleet")
+        assert "it is of fleet 'west'" in why.reason
+        await MessageClient(world.bus, "/caesura/default/host/h1").send(one, host="h1")
+        planned = await world.ask(_request("q2", plan_only=True))
+        assert not planned.plan.refusals  # type: ignore[union-attr]

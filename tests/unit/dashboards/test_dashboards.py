@@ -120,7 +120,7 @@ def test_links_lead_to_a_dashboard_with_the_variables_that_they_set(dashboards: 
     for uid, words in links:
         known = {each["name"] for each in by_uid[uid]["templating"]["list"]}
         given = re.findall(r"var-(\w+)=\$\{([^}]+)\}", words)
-        assert {name for name, _ in given} == {"datasource", "set", "update_domain"}
+        assert {name for name, _ in given} == {"datasource", "fleet", "set", "update_domain"}
         assert {name for name, _ in given} <= known
         # A label's value is data: unencoded it could say anything in the address.
         assert all(value.endswith(":percentencode") for name, value in given if name != "datasource")

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
+from prometheus_client.core import Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.registry import Collector
 
+from caesura.runtime.fleet_label import OfFleet
 from caesura_metrics_exporter.metrics.exposition import AnyFamily, Renderer
 from caesura_metrics_exporter.metrics.families import Family, HistogramFamily
 from caesura_metrics_exporter.metrics.series import Buckets, Labels
@@ -38,7 +40,7 @@ class Fixed(Collector):
     def __init__(self, families: list[AnyFamily]) -> None:
         self._families = families
 
-    def collect(self) -> list[object]:  # type: ignore[override]
+    def collect(self) -> list[Metric]:
         return [family.metric() for family in self._families]
 
 
@@ -48,7 +50,7 @@ def by_hand(renderer: Renderer, families: list[AnyFamily], *, modern: bool) -> l
 
 def by_the_library(families: list[AnyFamily], *, modern: bool) -> list[str]:
     registry = CollectorRegistry()
-    registry.register(Fixed(families))
+    registry.register(OfFleet(Fixed(families), "east"))
     encoder: Any = generate_openmetrics if modern else generate_latest
     text = encoder(registry).decode()
     return sorted(text.removesuffix("# EOF\n").split("\n"))
@@ -66,12 +68,13 @@ def by_the_library(families: list[AnyFamily], *, modern: bool) -> list[str]:
 def test_each_scrape_says_what_the_library_would(
     modern: bool, scrapes: list[tuple[Mapping[Labels, float], Mapping[Labels, Buckets]]]
 ) -> None:
-    renderer = Renderer()
+    renderer = Renderer("east")
     for values, observed in scrapes:
         families: list[AnyFamily] = [
             Family("caesura_a", 'A "gauge" \\ of\ntwo lines.', "gauge", NAMES, dict(values)),
             Family("caesura_b", "A counter.", "counter", NAMES, dict(values)),
             Family("caesura_c", "Without labels.", "gauge", (), {(): len(values)}),
+            Family("caesura_e", "Has one of its own.", "gauge", ("fleet",), {("west",): 1}),
             HistogramFamily("caesura_d", "Pauses.", NAMES, BOUNDS, dict(observed)),
         ]
         assert by_hand(renderer, families, modern=modern) == by_the_library(families, modern=modern)
@@ -91,7 +94,7 @@ def test_what_did_not_change_is_not_written_again() -> None:
 
 
 def test_a_scrape_that_was_given_up_leaves_nothing_wrong() -> None:
-    renderer = Renderer()
+    renderer = Renderer("east")
     many: dict[Labels, float] = {(f"s{number}", "h", "freeze"): 1.0 for number in range(200)}
     next(
         piece

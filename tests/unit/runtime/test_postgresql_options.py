@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from caesura.runtime.command import run_service
 from caesura.runtime.postgresql import PostgresOptions
 from caesura.runtime.settings import Secret
 from caesura.runtime.shared_rows import WrongStore
@@ -29,6 +30,9 @@ def options(url: str, **changes: Any) -> PostgresOptions:
         ("postgresql://caesura@db/", "names no database"),
         ("postgresql:///caesura", "names no host"),
         ("postgresql://caesura@db/caesura?nonsense=1", "cannot be read"),
+        ("postgresql://caesura:secret%zz@db/caesura", "cannot be read"),
+        ("postgresql://caesura:secret/more@db/caesura", "a port that is not a number"),
+        ("postgresql://caesura:5/secret@db/caesura", "an @ in the name of the database"),
     ],
 )
 def test_a_url_that_cannot_be_used_is_refused_by_name(url: str, why: str) -> None:
@@ -76,6 +80,16 @@ def test_everything_has_a_time_limit_that_follows_from_the_lease() -> None:
     assert made["target_session_attrs"] == "read-write"
 
 
+def test_all_hosts_are_tried_within_one_lease() -> None:
+    for hosts, lease_s in (("a,b", 10.0), ("a,b,c", 10.0), ("a,b,c,d", 10.0), ("a,b", 5.0), ("a,b,c", 60.0)):
+        made = options(f"postgresql://u@{hosts}/d", lease_s=lease_s).parameters()
+        assert made["connect_timeout"] >= 2
+        assert made["connect_timeout"] * len(hosts.split(",")) < lease_s
+    options("postgresql://u@a/d", lease_s=1.0)
+    with pytest.raises(WrongStore, match=r"a lease of 3 s is too short for the 2 hosts .* more than 4"):
+        options("postgresql://u@a,b/d", lease_s=3.0)
+
+
 def test_the_settings_are_checked_before_anything_starts() -> None:
     check_store(CoordinatorSettings(state_dir="/x"))
     check_store(CoordinatorSettings(state_dir="/x", store="postgresql://caesura@db/caesura"))
@@ -83,6 +97,34 @@ def test_the_settings_are_checked_before_anything_starts() -> None:
         check_store(CoordinatorSettings(state_dir="/x", store="postgresql://caesura:y@db/caesura"))
     with pytest.raises(StoreSettingsError, match="are for a store in PostgreSQL"):
         check_store(CoordinatorSettings(state_dir="/x", store_ca_file="/ca.pem"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://caesura:s3cret@db/caesura",
+        "postgresql://caesura:s3cret%zz@db/caesura",
+        "postgresql://caesura:s3cret/x@db/caesura",
+        "postgresql://caesura:x@s3cret@db/caesura",
+        "postgresql://caesura@db/caesura?pass%77ord=s3cret",
+        "mysql://caesura:s3cret@db/caesura",
+    ],
+)
+@pytest.mark.parametrize("word", ["--print-config", "--check-config"])
+def test_a_password_in_the_url_is_never_shown(
+    url: str, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def never(_: CoordinatorSettings) -> None:
+        raise AssertionError
+
+    environ = {"CAESURA_COORDINATOR_STATE_DIR": "/x", "CAESURA_COORDINATOR_STORE": url}
+    code = run_service(
+        "coordinator", "s", CoordinatorSettings, never, checks=[check_store], argv=[word], environ=environ
+    )
+    said = "".join(capsys.readouterr())
+    assert "s3cret" not in said
+    assert code == (2 if word == "--check-config" or url.startswith("mysql") else 0)
+    assert "db/caesura" in said or word == "--check-config"
 
 
 def test_without_the_setting_nothing_of_it_is_imported() -> None:

@@ -33,9 +33,7 @@ HEALTH_USER = "health"
 GRAFANA_SECRET = "grafana-admin"  # noqa: S105 - the name of a file
 STORE_SECRET = "store"  # noqa: S105 - the same
 STORE_GID = 10007
-"""Group of those that read the password of the PostgreSQL (profile ha)."""
-STORE_FILE = "coordinator-store"
-"""Has the store that coordinators share; each has one of its own while it is missing."""
+"""Group of those that read the password of the PostgreSQL in ``deploy/compose/high-availability.yml``."""
 
 
 class User(msgspec.Struct, frozen=True):

@@ -23,7 +23,6 @@ from caesura_demo.compose_fleet import (
     BROKER_UID,
     GRAFANA_SECRET,
     HEALTH_USER,
-    STORE_FILE,
     STORE_SECRET,
     compose_layout,
     config_files,
@@ -68,16 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--files", type=Path, default=Path("/usr/local/share/caesura"), help="files to copy unchanged"
     )
-    parser.add_argument(
-        "--store",
-        help="only note that coordinators share this store: a URL; `sqlite`: each has one of its own",
-    )
     arguments = parser.parse_args(argv)
     configure_logging("setup")
     try:
-        if arguments.store:
-            note_store(arguments.folder, arguments.store)
-            return 0
         check_variables(os.environ)
         prepare(arguments.folder, state=arguments.state, renew=arguments.renew)
         copy_files(arguments.files, arguments.folder)
@@ -149,18 +141,6 @@ def prepare(folder: Path, *, state: str, renew: Sequence[str] = ()) -> None:
             made=sorted(made),
             advice="running containers still have the old ones: docker compose up --force-recreate",
         )
-
-
-def note_store(folder: Path, store: str) -> None:
-    """Note the store of all coordinators, which read it when they start.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    if store == "sqlite":
-        (folder / STORE_FILE).unlink(missing_ok=True)
-    else:
-        write(folder / STORE_FILE, f"{store}\n", mode=0o444)
 
 
 def copy_files(source: Path, folder: Path) -> None:

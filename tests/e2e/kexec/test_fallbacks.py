@@ -112,9 +112,11 @@ async def refused(stage: Any, host: FleetHost) -> None:
     """The kernel is not left: this boot resumes the guests."""
     begun = time.monotonic()
     boot = await asyncio.to_thread(host.machine.run, "cat /proc/sys/kernel/random/boot_id")
-    unload = "setsid /opt/rig/unload-in-pause >/run/unload.log 2>&1 </dev/null &"
+    # One that still waits, since a try paused nobody, would stop the guard a second time.
+    unload = "pkill -f unload-in-pause; setsid /opt/rig/unload-in-pause >/run/unload.log 2>&1 </dev/null &"
     state, report = await rolled(stage, host, "kernel-new", before=unload)
     assert (state.status, report.status) == ("halted", "failed")
+    assert "leave_failed" in report.codes
     assert await asyncio.to_thread(host.machine.run, "cat /proc/sys/kernel/random/boot_id") == boot
     await asyncio.to_thread(assert_continued, host, begun, "this boot")
 

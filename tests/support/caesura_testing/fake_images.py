@@ -20,34 +20,13 @@ BASE = "caesura-stand-in:base"
 PYTHON = "python:3.11.11-slim-bookworm"
 BROKER = "eclipse-mosquitto:2.0.20"
 PROMETHEUS = "prom/prometheus:v2.53.3"
-DATABASE = "postgres:15.14-bookworm"
 WITHOUT_STAND_IN = ("grafana",)
 
 _SUITE = "bookworm"
 _NEWER = "trixie"
 """It has the versions of compose and Prometheus that bookworm does not have; both need libc6 only."""
 _NEWER_PACKAGES = ("docker-compose", "prometheus", "promtool")
-_PACKAGES = (
-    "python3",
-    "python3-venv",
-    "python3-pip",
-    "ca-certificates",
-    "mosquitto",
-    "mosquitto-clients",
-    "postgresql",
-)
-_DATABASE_SH = """#!/bin/sh
-# As far as docker-compose.yml relies on the entry point of the image postgres.
-set -eu
-if [ ! -s "$PGDATA/PG_VERSION" ]; then
-  initdb -U "$POSTGRES_USER" --pwfile="$POSTGRES_PASSWORD_FILE" $POSTGRES_INITDB_ARGS
-  echo "host all all all scram-sha-256" >>"$PGDATA/pg_hba.conf"
-  pg_ctl -o "-c listen_addresses='' -k /tmp" -w start
-  createdb -h /tmp -U "$POSTGRES_USER" "$POSTGRES_DB"
-  pg_ctl -m fast -w stop
-fi
-exec "$@" -c listen_addresses='*'
-"""
+_PACKAGES = ("python3", "python3-venv", "python3-pip", "ca-certificates", "mosquitto", "mosquitto-clients")
 _RECIPES = {
     PYTHON: r"""
         RUN ln -s /usr/bin/python3 /usr/local/bin/python && ln -s /usr/bin/python3 /usr/local/bin/python3 && \
@@ -62,16 +41,6 @@ _RECIPES = {
             ln -s /usr/sbin/mosquitto /usr/bin/mosquitto
         VOLUME ["/mosquitto/data", "/mosquitto/log"]
         CMD ["/usr/sbin/mosquitto", "-c", "/mosquitto/config/mosquitto.conf"]
-    """,
-    DATABASE: r"""
-        RUN userdel postgres && (getent group postgres && groupdel postgres || true) && groupadd --gid 999 postgres && \
-            useradd --no-create-home --uid 999 --gid 999 --home-dir /nonexistent postgres && \
-            install -d -o 999 -g 999 -m 700 /var/lib/postgresql/data && ln -sf /usr/lib/postgresql/15/bin/* /usr/local/bin/
-        COPY database.sh /usr/local/bin/docker-entrypoint.sh
-        ENV LANG=C.UTF-8 PGDATA=/var/lib/postgresql/data
-        VOLUME ["/var/lib/postgresql/data"]
-        ENTRYPOINT ["docker-entrypoint.sh"]
-        CMD ["postgres"]
     """,
     PROMETHEUS: r"""
         COPY prometheus promtool /bin/
@@ -100,7 +69,7 @@ def build_stand_ins(engine: Engine, cache: Path) -> None:
     Raises:
         CannotRun: packages cannot be had.
     """
-    stamp = blake2b(repr((_SUITE, _PACKAGES, _RECIPES, _DATABASE_SH)).encode(), digest_size=8).hexdigest()
+    stamp = blake2b(repr((_SUITE, _PACKAGES, _RECIPES)).encode(), digest_size=8).hexdigest()
     label = f"org.caesura.stand-in={stamp}"
     have = engine.run(
         "images", "--filter", f"label={label}", "--format", "{{.Repository}}:{{.Tag}}"
@@ -115,8 +84,6 @@ def build_stand_ins(engine: Engine, cache: Path) -> None:
         for program in ("prometheus", "promtool"):
             shutil.copy2(programs / program, folder / program)
         # A machine behind a proxy of its own trusts more than Debian does.
-        (folder / "database.sh").write_text(_DATABASE_SH, encoding="utf-8")
-        (folder / "database.sh").chmod(0o755)
         shutil.copy2("/etc/ssl/certs/ca-certificates.crt", folder / "ca-certificates.crt")
         for tag, recipe in _RECIPES.items():
             (folder / "Dockerfile").write_text(f"FROM {BASE}\n{recipe}\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -18,15 +17,8 @@ from caesura.runtime.settings import ServiceSettings, read_settings
 from caesura_coordinator.settings import CoordinatorSettings
 from caesura_coordinator.store_options import check_store
 from caesura_ctl.settings import CtlSettings
-from caesura_demo.compose_fleet import (
-    GRAFANA_UID,
-    STORE_FILE,
-    STORE_SECRET,
-    compose_layout,
-    secret_readers,
-    users,
-)
-from caesura_demo.setup import VARIABLES, note_store
+from caesura_demo.compose_fleet import GRAFANA_UID, STORE_SECRET, compose_layout, secret_readers, users
+from caesura_demo.setup import VARIABLES
 from caesura_host_updater.settings import HostUpdaterSettings
 from caesura_metadata_publisher.settings import MetadataPublisherSettings
 from caesura_metrics_exporter.settings import MetricsExporterSettings
@@ -73,10 +65,9 @@ def test_every_service_has_as_few_rights_as_it_can(services: dict[str, Any]) -> 
         assert "privileged" not in service, name
         assert not any("docker.sock" in str(each) for each in service.get("volumes", [])), name
     numbers = [service["user"] for service in services.values()]
-    as_root = [name for name, service in services.items() if service["user"].startswith("0")]
-    assert as_root == ["setup", "setup-ha"]
-    assert len(set(numbers)) == len(numbers) - 1
-    assert all(services[name]["network_mode"] == "none" for name in as_root)
+    assert len(set(numbers)) == len(numbers)
+    assert [name for name, service in services.items() if service["user"].startswith("0")] == ["setup"]
+    assert services["setup"]["network_mode"] == "none"
 
 
 def test_ports_are_published_on_this_machine_only_and_each_can_be_changed(services: dict[str, Any]) -> None:
@@ -87,7 +78,7 @@ def test_ports_are_published_on_this_machine_only_and_each_can_be_changed(servic
 
 
 def test_every_service_comes_back_and_is_waited_for(services: dict[str, Any]) -> None:
-    once = {"setup", "setup-ha", "caesura"}
+    once = {"setup", "caesura"}
     for name, service in services.items():
         assert service["restart"] == ("no" if name in once else "unless-stopped")
         if name not in once | {"rollout"}:
@@ -274,33 +265,34 @@ def test_the_broker_settings_are_those_of_a_real_fleet_but_for_tls() -> None:
     assert "allow_anonymous false" in ours
 
 
-@pytest.mark.parametrize("name", ["host.sh", "coordinator.sh"])
-def test_the_scripts_are_posix_sh(name: str) -> None:
+def test_the_script_of_a_host_is_posix_sh() -> None:
     shell = shutil.which("dash") or "sh"
-    script = str(_ROOT / "deploy" / "compose" / name)
+    script = str(_ROOT / "deploy" / "compose" / "host.sh")
     assert subprocess.run([shell, "-n", script], check=False).returncode == 0
 
 
-def test_the_profile_with_two_coordinators_fits_the_code(services: dict[str, Any], tmp_path: Path) -> None:
-    with_profile = {name for name, service in services.items() if service.get("profiles") == ["ha"]}
-    assert with_profile == {"setup-ha", "database", "coordinator-2"}
-    *_, option, url = services["setup-ha"]["command"]
-    assert option == "--store"
-    note_store(tmp_path, url)
-    assert (tmp_path / STORE_FILE).read_text(encoding="utf-8") == f"{url}\n"
-    group = [str(secret_readers(compose_layout())[STORE_SECRET])]
-    database = services["database"]
-    assert database["group_add"] == group
-    assert database["environment"]["POSTGRES_PASSWORD_FILE"] == f"/etc/caesura/secrets/{STORE_SECRET}"
-    instances = set()
-    for name in ("coordinator", "coordinator-2"):
-        service = services[name]
-        assert service["group_add"] == group
-        for other in ("setup-ha", "database"):
-            assert service["depends_on"][other]["required"] is False
+def test_the_file_with_two_coordinators_fits_the_code_and_has_as_few_rights(tmp_path: Path) -> None:
+    merged = {name: dict(service) for name, service in yaml.safe_load(_COMPOSE)["services"].items()}
+    added = yaml.safe_load(
+        (_ROOT / "deploy" / "compose" / "high-availability.yml").read_text(encoding="utf-8")
+    )
+    for name, service in added["services"].items():
+        known = merged.get(name, {})
+        environment = {**known.get("environment", {}), **service["environment"]}
+        merged[name] = {**known, **service, "environment": environment}
+    stores = set()
+    for name in ("database", "coordinator", "coordinator-2"):
+        service = merged[name]
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["restart"] == "unless-stopped"
+        assert "ports" not in service
+        assert service["group_add"] == [str(secret_readers(compose_layout())[STORE_SECRET])]
+        if name == "database":
+            assert service["environment"]["POSTGRES_PASSWORD_FILE"] == f"/etc/caesura/secrets/{STORE_SECRET}"
+            continue
         environ = dict(service["environment"])
-        environ["CAESURA_COORDINATOR_STORE"] = url
-        environ["CAESURA_COORDINATOR_STORE_PASSWORD_FILE"] = f"/etc/caesura/secrets/{STORE_SECRET}"
         for given in ("CAESURA_COORDINATOR_BROKER_PASSWORD_FILE", "CAESURA_COORDINATOR_STORE_PASSWORD_FILE"):
             secret = Path(environ[given])
             assert secret.name in secret_readers(compose_layout())
@@ -311,30 +303,6 @@ def test_the_profile_with_two_coordinators_fits_the_code(services: dict[str, Any
         check_store(read)
         user = {user.name: user for user in users(compose_layout())}[read.broker_username]
         assert service["user"] == f"{user.uid}:{user.uid}"
-        instances.add(read.instance)
-    assert len(instances) == 2
-    note_store(tmp_path, "sqlite")
-    assert not (tmp_path / STORE_FILE).exists()
-
-
-def test_a_coordinator_uses_the_store_that_was_noted(tmp_path: Path) -> None:
-    script = (_ROOT / "deploy" / "compose" / "coordinator.sh").read_text(encoding="utf-8")
-    assert f"/etc/caesura/{STORE_FILE}" in script
-    bin_dir = tmp_path / "bin"
-    bin_dir.mkdir()
-    stand_in = bin_dir / "caesura-coordinator"
-    stand_in.write_text(
-        "#!/bin/sh\necho ${CAESURA_COORDINATOR_STORE-none} ${CAESURA_COORDINATOR_STORE_PASSWORD_FILE-none}\n"
-    )
-    stand_in.chmod(0o755)
-    here = script.replace("/etc/caesura", str(tmp_path))
-
-    def said() -> str:
-        environ = {"PATH": f"{bin_dir}:{os.environ['PATH']}"}
-        return subprocess.run(
-            ["sh", "-c", here], env=environ, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    assert said() == "none none"
-    note_store(tmp_path, "postgresql://u@d/c")
-    assert said() == f"postgresql://u@d/c {tmp_path}/secrets/{STORE_SECRET}"
+        stores.add((read.store, read.store_password.reveal(), read.fleet, read.broker_url, read.lease_s))
+    assert len(stores) == 1, "what all must have alike"
+    assert len({merged[name]["user"] for name in merged}) == len(merged)

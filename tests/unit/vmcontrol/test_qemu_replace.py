@@ -138,3 +138,13 @@ def test_one_that_takes_too_long_is_not(other: Other, monkeypatch: pytest.Monkey
     os.kill(pid, signal.SIGSTOP)
     ended_without(other.plan, alone=False)
     assert not alive(pid, ticks)
+
+
+def test_each_try_has_longer_than_the_one_that_failed(other: Other) -> None:
+    """A host too busy for one length would be too busy for it for ever, with tries of several guests that end each other's."""
+    found = [qemu_replace._patience_s(other.plan)]
+    for _ in range(6):
+        claims.note_failure(other.plan.claims, "it does not answer")
+        found.append(qemu_replace._patience_s(other.plan))
+    assert found[:4] == [3.0, 6.0, 12.0, 24.0]
+    assert max(found) == found[-1] == 48.0

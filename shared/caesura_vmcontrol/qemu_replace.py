@@ -404,13 +404,14 @@ def _loaded(plan: ReplacePlan, process: Process, state: int) -> Qmp:
 
 
 def _patience_s(plan: ReplacePlan) -> float:
-    """From the start of a process to the loaded state, in seconds: twice as long after each try that failed.
+    """From the start of a process to the loaded state, in seconds: twice as long after each round of all command lines.
 
-    On a host that is too busy to load it in time, tries of the same length, of several guests at once, would fail for ever.
+    On a host that is too busy to load it in time, tries of the same length, of several guests at once, would fail for ever. Not after
+    each try: the old QEMU, which is next to one that hangs, comes no later.
     """
     if of_another_boot(plan):
         return _ARRIVAL_START_S
-    return min(_START_S * 2.0 ** min(claims.tries(plan.claims), 10), _LONGEST_START_S)
+    return min(_START_S * 2.0 ** min(claims.tries(plan.claims) // len(plan.argv), 10), _LONGEST_START_S)
 
 
 def _age_s(process: Process) -> float:

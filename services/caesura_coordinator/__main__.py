@@ -25,9 +25,10 @@ with QuietInterrupt():
     from caesura_coordinator.metrics import CoordinatorCollector
     from caesura_coordinator.service import Coordinator, subscriptions
     from caesura_coordinator.settings import CoordinatorSettings
-    from caesura_coordinator.shared_store import SharedStore, hold_off_s, working_copy
+    from caesura_coordinator.shared_store import SharedStore, working_copy
     from caesura_coordinator.store import CoordinatorStore
     from caesura_coordinator.store_options import check_store, is_shared, shared_rows
+    from caesura_coordinator.takeover import hold_off_s
 
 SUMMARY = "Plans and runs rollouts; one coordinator per fleet. Announces scheduled events, commands hosts, halts on any failure."
 

@@ -1,6 +1,6 @@
 """Who leads: the epoch of this coordinator, how it claims one, and when it stands down for another coordinator.
 
-Coordinators that share a store in PostgreSQL decide it there, and take each other's rollouts over: ``shared_store``.
+Coordinators that share a store in PostgreSQL decide it there, and take each other's rollouts over: ``takeover``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The store that several coordinators share: a working copy in memory, whose rows are written to the database behind it (ADR 28).
 
-The same coordinator in another part: it stands by until it gets the lock, then it has the content and may write, until its session ends. Nothing
-that it committed leaves the process before the database has it, so what a leader that is replaced had decided and not stored has never happened.
+The same coordinator in another part: it stands by until it gets the lock, then it has the content (``takeover``) and may write, until its
+session ends. Nothing that it committed leaves the process before the database has it, so what a leader that is replaced had decided and not stored has never happened.
 """
 
 from __future__ import annotations
@@ -10,28 +10,21 @@ import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
-import msgspec
-
 from caesura.delivery.sqlite_outbox import OffLoop, OutboxTable
 from caesura.runtime.errors import ConfigError, StoreError
 from caesura.runtime.logs import get_logger
-from caesura.runtime.shared_rows import Content, SharedRows, StoreLost, WorkingCopy, insert, migrated
-from caesura.runtime.threads import Worker, meanwhile
+from caesura.runtime.shared_rows import SharedRows, StoreLost, WorkingCopy
+from caesura.runtime.threads import Worker
 from caesura_coordinator.records import Rollout
-from caesura_coordinator.store import MIGRATIONS, CoordinatorStore
-
-LEFT_OUT = ("epoch", "outbox_1")
-"""Tables that are not rows of the database: the epoch is in a row of its own, and the outbox of earlier versions is empty here."""
+from caesura_coordinator.store import CoordinatorStore
+from caesura_coordinator.takeover import BEATS, LEFT_OUT, Taken, take_over
 
 _POLL_S = 0.25
 _RETRY_S = 1.0
 _SLOW_S = 1.0
 """s: without an answer of the database, after which the coordinator says that it waits."""
-_BEATS = 4
-"""Signs of life in one lease."""
 _STEADY_S = 60.0
 """s: who led so long starts to count its losses again."""
-_HOLD_OFF_S = 300.0
 ANOTHER_LEADS = "another coordinator leads"
 
 T = TypeVar("T")
@@ -42,33 +35,6 @@ def working_copy() -> tuple[CoordinatorStore, WorkingCopy]:
     """An empty store in memory, and what knows its changes."""
     store = CoordinatorStore(":memory:")
     return store, WorkingCopy(store.database, LEFT_OUT)
-
-
-def hold_off_s(losses: int) -> float:
-    """Seconds for which a coordinator that lost the lead so many times in a row, each time soon, leaves it to others.
-
-    Each lead takes epochs, and hosts do not follow a leap over too many; a full disk at the database would use them up overnight.
-    """
-    return min(_HOLD_OFF_S, 2.0 ** (losses - 2)) if losses > 1 else 0.0
-
-
-class _Taken(msgspec.Struct, frozen=True):
-    """The content at a take-over: a second copy of it, and the rollouts in it."""
-
-    store: CoordinatorStore
-    rollouts: list[Rollout]
-
-
-def _taken(content: Content) -> _Taken | StoreError:
-    """Or why it cannot be read."""
-    try:
-        store = CoordinatorStore(":memory:", any_thread=True)
-        with store.database.transaction():
-            insert(store.database, content)
-            store.database.run("UPDATE epoch SET value = ?", content.epoch)
-        return _Taken(store=store, rollouts=store.rollouts())
-    except StoreError as error:
-        return error
 
 
 class SharedStore:
@@ -144,7 +110,7 @@ class SharedStore:
         while True:
             try:
                 why = obstacle(await self._do(self._rows.open))
-                taken = None if why else await self._do(self._taking_over(obstacle), lasting=True)
+                taken = None if why else await self._do(self._take_over(obstacle), lasting=True)
             except StoreError as error:
                 await self._not_reached(error)
                 continue
@@ -162,38 +128,9 @@ class SharedStore:
         self._leads_since = asyncio.get_running_loop().time()
         return taken.rollouts
 
-    def _taking_over(self, obstacle: Callable[[int], str]) -> Callable[[], _Taken | StoreError | None]:
-        """Work for the thread: the content, if this coordinator leads now; an error if it cannot be read.
-
-        All of it is done there, however large it is, and the session shows signs of life in the meantime.
-        """
+    def _take_over(self, obstacle: Callable[[int], str]) -> Callable[[], Taken | StoreError | None]:
         rows, loop = self._rows, asyncio.get_running_loop()
-
-        async def is_free(epoch: int) -> bool:
-            return not obstacle(epoch)
-
-        def may(epoch: int) -> bool:
-            # What is in the way may have arrived since the last look, as the claim of a coordinator with another store.
-            return asyncio.run_coroutine_threadsafe(is_free(epoch), loop).result(self.lease_s)
-
-        def take_over() -> _Taken | StoreError | None:
-            try:
-                content = rows.try_lead(self._name, may)
-            except TimeoutError as error:
-                raise StoreError(f"the event loop did not answer for {self.lease_s:g} s") from error
-            if content is None:
-                return None
-            found = content
-
-            def with_life(work: Callable[[], T]) -> T:
-                return meanwhile("shared-store-content", work, self.lease_s / _BEATS, rows.beat)
-
-            if found.version < len(MIGRATIONS):
-                found = with_life(lambda: migrated(content, MIGRATIONS, LEFT_OUT))
-                rows.rewrite(found)
-            return with_life(lambda: _taken(found))
-
-        return take_over
+        return lambda: take_over(rows, obstacle, loop, name=self._name, lease_s=self.lease_s)
 
     async def _not_reached(self, error: StoreError) -> None:
         if error.exit_code == ConfigError.exit_code:
@@ -277,7 +214,7 @@ class SharedStore:
         try:
             while True:
                 try:
-                    async with asyncio.timeout(self.lease_s / _BEATS):
+                    async with asyncio.timeout(self.lease_s / BEATS):
                         await self._wake.wait()
                 except TimeoutError:
                     pass

@@ -9,8 +9,8 @@ from caesura.runtime.database import Database
 from caesura.runtime.errors import ConfigError
 from caesura.runtime.shared_rows import SharedRows, TableColumns, WrongStore, columns_of
 from caesura_coordinator.settings import CoordinatorSettings
-from caesura_coordinator.shared_store import LEFT_OUT
 from caesura_coordinator.store import MIGRATIONS
+from caesura_coordinator.takeover import LEFT_OUT
 
 if TYPE_CHECKING:
     from caesura.runtime.postgresql import PostgresOptions

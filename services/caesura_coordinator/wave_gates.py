@@ -1,6 +1,6 @@
-"""Whether a wave may start or continue now: the gates, each with its blockers, the reasons why not. Pure.
+"""What in the fleet keeps a wave from starting or continuing now: the gates, each with its blockers, the reasons why not. Pure.
 
-Time, approvals and agents' answers are not the fleet's state: they are judged in ``wave_transitions``.
+``wave_transitions`` starts it: that judges time, approvals and agents' answers, and asks the gates last.
 
 Blockers fail closed: an unreachable host, an epoch that is not acknowledged and an unknown VM state all
 block (as do the reboot blockers of kured).

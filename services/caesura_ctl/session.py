@@ -277,7 +277,7 @@ async def connect(
         NoBroker: not connected within ``connect_s``; the text says why.
     """
     client = client_name(settings)
-    options = options_from(settings, client_id=f"ctl-{client}-{new_id()[:8]}")
+    options = options_from(settings, client_id=f"ctl-{client}-{new_id()[:8]}", new_id=True)
     if len(options.addresses) > 1:
         options = replace(options, subscribe_qos=0, backlog_limit=_BACKLOG)
     _check_tls(options)

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,10 @@ _LINGER_S = 5.0  # s: how long our own guard stays without us; long enough for a
 _RETRY_S = 0.2  # s: between two tries to reach a guard
 _START_S = 5.0  # s: it needs some 60 ms
 _ANSWER_S = 2.0  # s: a guard answers within milliseconds; an fsync on a busy disk may take longer
+
+_UNUSABLE = (
+    "give host updater and guard the same rights, or where the daemon is away the guard cannot resume this VM"
+)
 
 _log = get_logger("caesura.guard_client")
 
@@ -56,11 +60,15 @@ class GuardClient:
         self._answers: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._request_lock = asyncio.Lock()
         self._connected = asyncio.Event()
-        self._gone = asyncio.Event()
+        self._unusable: dict[str, list[str]] = {}
+        self._work = asyncio.Event()
+        """The connection is gone, or there is an operation to disarm."""
         self._listener: asyncio.Task[None] | None = None
         self._exits: list[ExitWatch] = []
         self._armed = ""
         self._pending_disarms: set[str] = set()
+        self._refused_disarms: set[str] = set()
+        """Operations that are over, and that the guard has not released in time."""
         self.on_lost: Callable[[], None] = lambda: None
         """Called when the connection ends."""
         self.pid = 0
@@ -73,7 +81,7 @@ class GuardClient:
         return "armed" if self._armed else "ready"
 
     async def run(self) -> None:
-        """Keep a guard connected. Never ends."""
+        """Keep a guard connected, and disarm what it would not release in time. Never ends."""
         while True:
             if not self._connected.is_set():
                 try:
@@ -82,7 +90,20 @@ class GuardClient:
                     _log.warning("guard.absent", why=str(error))
                     await asyncio.sleep(_RETRY_S)
                     continue
-            await self._gone.wait()
+            self._work.clear()
+            if self._connected.is_set():
+                if not await self._disarm_refused():
+                    await asyncio.sleep(_RETRY_S)
+                    continue
+                await self._work.wait()
+
+    async def _disarm_refused(self) -> bool:
+        """Whether there is none left."""
+        for operation in tuple(self._refused_disarms):
+            with suppress(GuardUnavailable):
+                await self._ask({"do": "disarm", "operation": operation})
+                self._refused_disarms.discard(operation)
+        return not self._refused_disarms
 
     async def start(self, timeout_s: float = 10.0) -> Intent | None:
         """Connect to a guard; returns what it holds of a previous run.
@@ -137,7 +158,7 @@ class GuardClient:
             raise GuardUnavailable("there is no pause guard")
         self._armed = operation
         try:
-            await self._ask(
+            answer = await self._ask(
                 {
                     "do": "arm",
                     "operation": operation,
@@ -150,6 +171,19 @@ class GuardClient:
         except GuardUnavailable:
             self._armed = ""
             raise
+        self._note_unusable([plan.vm for plan in plans], answer.get("unusable", {}))
+
+    def _note_unusable(self, vms: Sequence[str], unusable: Mapping[str, list[str]]) -> None:
+        for vm in vms:
+            self._unusable.pop(vm, None)
+        self._unusable |= unusable
+        for vm, sockets in unusable.items():
+            _log.error("guard.socket_unusable", vm=vm, sockets=sockets, hint=_UNUSABLE)
+
+    def pause_risk(self, vm: str) -> str:
+        """Which way out of a VM is none for this guard, as it said when it was last armed for it; empty: it said of none."""
+        sockets = self._unusable.get(vm)
+        return f"the pause guard may not use {', '.join(sockets)}: {_UNUSABLE}" if sockets else ""
 
     async def leave(self, operation: str, by: float) -> None:
         """Have the guard start the loaded kernel, not after ``by`` (CLOCK_MONOTONIC). Returns, if at all, as an error.
@@ -160,23 +194,32 @@ class GuardClient:
         patience_s = max(_ANSWER_S, by - time.monotonic() + _ANSWER_S)
         await self._ask({"do": "leave", "operation": operation, "by": by}, patience_s)
 
+    async def drop(self, operation: str, vms: Sequence[str]) -> None:
+        """These VMs were not paused by it: if they are paused, the guard is not to resume them. Raises GuardUnavailable."""
+        await self._ask({"do": "drop", "operation": operation, "vms": list(vms)})
+
     async def disarm(self, operation: str, timeout_s: float = 3.0) -> Intent | None:
-        """The operation is over; returns what the guard did if it had fired. It is disarmed later if it is away.
+        """The operation is over; returns what the guard did if it had fired. It is disarmed later if it is away, or must look longer.
 
         Raises:
-            GuardUnavailable: no answer within ``timeout_s`` seconds.
+            GuardUnavailable: it is not released after ``timeout_s`` seconds and the request that is under way then.
         """
         self._armed = ""
+        until = asyncio.get_running_loop().time() + timeout_s
         try:
-            async with asyncio.timeout(timeout_s):
-                while True:
+            while True:
+                async with asyncio.timeout_at(until):
                     await self._connected.wait()
-                    with suppress(GuardUnavailable):
-                        answer = await self._ask({"do": "disarm", "operation": operation})
-                        return None if answer["record"] is None else Intent.from_json(answer["record"])
+                # A request is not cut off: the guard would take that for our end, and act.
+                with suppress(GuardUnavailable):
+                    answer = await self._ask({"do": "disarm", "operation": operation})
+                    return None if answer["record"] is None else Intent.from_json(answer["record"])
+                async with asyncio.timeout_at(until):
                     await asyncio.sleep(0.02)  # refused: a VM does not run yet, or the guard went away
         except (TimeoutError, UnreadableIntent) as error:
             self._pending_disarms.add(operation)
+            self._refused_disarms.add(operation)
+            self._work.set()
             raise GuardUnavailable(
                 "the pause guard did not confirm that it released the operation"
             ) from error
@@ -190,8 +233,8 @@ class GuardClient:
                 raise GuardUnavailable(f"cannot reach it in {self._state_dir}: {error}") from error
             reader, writer = await self._start_guard(address)
         self._reader, self._writer = reader, writer
+        self._unusable = {}  # this one may have other rights
         self._answers = asyncio.Queue()
-        self._gone.clear()
         self._connected.set()
         self._listener = asyncio.create_task(self._listen(reader, self._answers), name="guard connection")
         answer = await self._ask({"do": "status"})
@@ -244,7 +287,7 @@ class GuardClient:
         if not self._connected.is_set():
             return
         self._connected.clear()
-        self._gone.set()
+        self._work.set()
         if self._armed:
             self._pending_disarms.add(self._armed)
         self._armed = ""

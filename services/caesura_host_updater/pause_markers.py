@@ -103,6 +103,8 @@ class PauseMarkers:
                     now.pid,
                     now.start_ticks,
                 )
+            case LibvirtPlan() as then, LibvirtPlan() as now:
+                return then.uuid == now.uuid and _is_one_life(then, now)
             case QemuPlan() as then, QemuPlan() as now:
                 return (then.vmm.pid, then.vmm.start_ticks) == (now.vmm.pid, now.vmm.start_ticks)
             case _:
@@ -147,6 +149,13 @@ class PauseMarkers:
 
 def _say(event: str, **facts: object) -> None:
     _log.warning(event, **facts)
+
+
+def _is_one_life(then: LibvirtPlan, now: LibvirtPlan) -> bool:
+    """Its process counts where both know it: ids are given again by a daemon that was restarted."""
+    if then.pid and now.pid:
+        return (then.pid, then.start_ticks) == (now.pid, now.start_ticks)
+    return then.number == now.number
 
 
 def _owner(folder: str) -> claims.Owner | None:

@@ -141,7 +141,7 @@ class HostUpdater:
         self._finalizer = OperationFinalizer(
             self._fact_factory, journal=journal, outbox=self.outbox, clocks=self.clocks, metrics=metrics
         )
-        self._view = VmView(self._vms, driver)
+        self._view = VmView(self._vms, driver, guard.pause_risk)
         self._kernel = KernelInspector(
             host.kernel,
             state_dir=Path(settings.state_dir),

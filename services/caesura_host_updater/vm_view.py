@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+
+from msgspec.structs import replace
 
 from caesura.contract.messages import VmRecord
-from caesura_host_updater.drivers.port import Driver, DriverError, states_within
+from caesura_host_updater.drivers.port import Capabilities, Driver, DriverError, states_within
 from caesura_host_updater.host_vms import HostVms
 from caesura_host_updater.inventory.builder import clock_of, vm_records
 from caesura_host_updater.pause_markers import how_to_resume
@@ -15,11 +17,16 @@ STATES_S = 2.0  # s: to read the states of all VMs, which takes milliseconds
 
 
 class VmView:
-    """See the module."""
+    """See the module.
 
-    def __init__(self, vms: HostVms, driver: Driver) -> None:
+    Args:
+        guard_risk: which way out of a VM the pause guard has found to be none; empty: none.
+    """
+
+    def __init__(self, vms: HostVms, driver: Driver, guard_risk: Callable[[str], str] = lambda _: "") -> None:
         self._vms = vms
         self._driver = driver
+        self._guard_risk = guard_risk
         self._foreign: dict[str, str] = {}
         """VMs that somebody else paused, and how they are resumed; as last looked."""
 
@@ -36,7 +43,13 @@ class VmView:
         }
         wrong = {vm: why for vm in states if (why := self._driver.health_error(vm))}
         details = {**self._foreign, **wrong}
-        return vm_records(tuple(self._vms), self._driver.capabilities, states, details, canaries)
+        return vm_records(tuple(self._vms), self._capabilities, states, details, canaries)
+
+    def _capabilities(self, vm: str) -> Capabilities:
+        """Ways out are found with our rights; the guard's may be others."""
+        can = self._driver.capabilities(vm)
+        risks = (self._guard_risk(vm), can.pause_risk)
+        return replace(can, pause_risk="; ".join(filter(None, risks)))
 
     def has_clock(self, vm: str) -> bool:
         """Whether there is a verdict on its clock after a pause."""

@@ -28,6 +28,8 @@ from caesura_pause_guard.departure import Departure, check_plans
 from caesura_vmcontrol import kernel_change
 from caesura_vmcontrol.guard_socket import MAX_LINE_BYTES, socket_address
 from caesura_vmcontrol.intent import Intent
+from caesura_vmcontrol.libvirt_control import unusable_sockets
+from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
 from caesura_vmcontrol.notify import Notifier
 from caesura_vmcontrol.plan_errors import BadPlan
 from caesura_vmcontrol.process_control import reap
@@ -240,10 +242,13 @@ class GuardServer:
             match request.get("do"):
                 case "arm":
                     self._arm(client, request)
-                    return {"ok": True, **self._status()}
+                    return {"ok": True, "unusable": self._unusable(), **self._status()}
                 case "leave":
                     self._leave(client, request)
                     return {"ok": False, "error": "the loaded kernel was not started"}
+                case "drop":
+                    self._drop_vms(client, request)
+                    return {"ok": True, **self._status()}
                 case "disarm":
                     record = self._watch.disarm(str(request["operation"]))
                     if self._watch.intent is None:
@@ -265,6 +270,11 @@ class GuardServer:
             raise GuardRefusal("only who armed the operation may have it leave the kernel")
         self._departure.leave(str(request["operation"]), float(request["by"]))
 
+    def _drop_vms(self, client: _Client, request: dict[str, Any]) -> None:
+        if client is not self._owner:
+            raise GuardRefusal("only who armed the operation may say which VMs are not of it")
+        self._watch.drop(str(request["operation"]), [str(vm) for vm in request["vms"]])
+
     def _status(self) -> dict[str, Any]:
         intent = self._watch.intent
         return {
@@ -272,6 +282,13 @@ class GuardServer:
             "pid": os.getpid(),
             "intent": None if intent is None else intent.to_json(),
         }
+
+    def _unusable(self) -> dict[str, list[str]]:
+        """Ways out of the plans that are none from here, by VM: they were found with the updater's rights."""
+        intent = self._watch.intent
+        plans = [] if intent is None else [plan for plan in intent.plans if isinstance(plan, LibvirtPlan)]
+        found = {plan.vm: unusable_sockets(plan) for plan in plans}
+        return {vm: sockets for vm, sockets in found.items() if sockets}
 
     def _arm(self, client: _Client, request: dict[str, Any]) -> None:
         if request["boot_id"] != self._boot_id:

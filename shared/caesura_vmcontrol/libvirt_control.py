@@ -6,6 +6,7 @@ monitor socket free, for QEMU serves one client at a time; one that hangs keeps 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,13 +14,26 @@ from dataclasses import dataclass
 
 from caesura_vmcontrol import libvirt_rpc
 from caesura_vmcontrol.freezer_control import Condition
-from caesura_vmcontrol.libvirt_rpc import Domain, Libvirt, LibvirtPlan, LibvirtRefused
+from caesura_vmcontrol.libvirt_rpc import Domain, Libvirt, LibvirtPlan, LibvirtRefused, LibvirtSilent
 from caesura_vmcontrol.process_control import is_held
 from caesura_vmcontrol.procfs import alive
-from caesura_vmcontrol.qmp_commands import OVER, RUNNING, ProcessGone, make_run, reach, run_state
+from caesura_vmcontrol.qmp_commands import (
+    NOT_OURS,
+    OVER,
+    PASSING,
+    RUNNING,
+    ProcessGone,
+    make_run,
+    reach,
+    run_state,
+)
 
 RPC_S = 0.5
-"""s: what the daemon gets for one call before QEMU is asked directly; it takes some 10 ms."""
+"""s: what the daemon gets for one answer before QEMU is asked directly; it takes some milliseconds."""
+_DAEMON_S = 5.0
+"""s: for all answers about one domain: a daemon that is slow, but answers, is the better way out than none."""
+_LOOKS_S = 10.0
+"""s: the same for all domains of a host."""
 _QMP_S = 0.5
 _RUNS = (libvirt_rpc.RUNNING, libvirt_rpc.BLOCKED, libvirt_rpc.SUSPENDED)
 _ENDED = (libvirt_rpc.SHUTDOWN, libvirt_rpc.SHUTOFF, libvirt_rpc.CRASHED)
@@ -31,6 +45,10 @@ class DomainNotPaused(OSError):
 
 class DomainPausedBefore(DomainNotPaused):
     """Somebody else had paused it."""
+
+
+class DomainTaken(OSError):
+    """The daemon paused a domain, and something had begun with it that must not find it paused; the text says what was done."""
 
 
 class DomainBusy(OSError):
@@ -56,7 +74,7 @@ class DomainLook:
 
 
 def libvirt_condition(plan: LibvirtPlan) -> Condition:
-    """What the daemon says, and QEMU where it does not answer.
+    """What the daemon says, and QEMU where it does not answer, or refuses.
 
     A domain that its storage, a migration or a dump has paused is ``gone`` for us: nothing that we do leads there, and whatever
     brought it there resumes it.
@@ -64,45 +82,81 @@ def libvirt_condition(plan: LibvirtPlan) -> Condition:
     Raises:
         OSError: neither answers (not: the domain is gone, which is an answer).
     """
+    return domain_look(plan).condition
+
+
+def domain_look(plan: LibvirtPlan) -> DomainLook:
+    """As the daemon says, else as QEMU does. Raises OSError: neither answers."""
     try:
-        with Libvirt(plan.socket, plan.uri, time.monotonic() + RPC_S) as daemon:
-            return _look(daemon, plan).condition
-    except LibvirtRefused as refused:
-        return _gone_or_raise(refused)
-    except OSError:
-        found = _condition_by_qmp(plan)
+        with _daemon_of(plan) as daemon:
+            return _look(daemon, plan)
+    except OSError as error:
+        if isinstance(error, LibvirtRefused) and error.code == libvirt_rpc.NO_DOMAIN:
+            return DomainLook("gone")
+        found = _look_by_qmp(plan)
         if found is None:
             raise
         return found
 
 
 def look_at(plans: Sequence[LibvirtPlan]) -> dict[str, DomainLook | None]:
-    """VM to what is said of it, over one connection for all of one daemon; None: nobody says. Blocking."""
+    """VM to what is said of it, over one connection for all of one daemon while that answers; None: nobody says. Blocking."""
     found: dict[str, DomainLook | None] = {}
+    until = time.monotonic() + _LOOKS_S
     for place in {(plan.socket, plan.uri) for plan in plans}:
         mine = [plan for plan in plans if (plan.socket, plan.uri) == place]
-        with suppress(OSError), Libvirt(*place, time.monotonic() + RPC_S) as daemon:
-            for plan in mine:
-                found[plan.vm] = _look(daemon, plan)
+        found |= _said_by_daemon(place, mine, until)
         for plan in mine:
             if plan.vm not in found:
-                with suppress(OSError):
-                    condition = _condition_by_qmp(plan)
-                    found[plan.vm] = None if condition is None else DomainLook(condition)
-                found.setdefault(plan.vm, None)
+                found[plan.vm] = _look_by_qmp(plan)
     return found
 
 
-def why_not_ours(plan: LibvirtPlan) -> str:
-    """Why a domain that is paused is not to be resumed by us; empty: it is not paused, or is over. Raises OSError."""
-    with Libvirt(plan.socket, plan.uri, time.monotonic() + RPC_S) as daemon:
-        return _look(daemon, plan).not_ours
+def _said_by_daemon(
+    place: tuple[str, str], plans: Sequence[LibvirtPlan], until: float
+) -> dict[str, DomainLook]:
+    """One domain that it does not answer for hides no other: those are asked for over another connection."""
+    found: dict[str, DomainLook] = {}
+    left = list(plans)
+    while left and time.monotonic() < until:
+        try:
+            connection = Libvirt(*place, min(until, time.monotonic() + _DAEMON_S), RPC_S)
+        except OSError:
+            break
+        with suppress(OSError), connection as daemon:
+            while left:
+                plan = left.pop(0)
+                daemon.extend(min(until, time.monotonic() + _DAEMON_S))
+                found[plan.vm] = _look(daemon, plan)
+    return found
+
+
+def is_settled(plan: LibvirtPlan) -> bool:
+    """Whether nothing that was asked of a domain that runs is still to come. Raises OSError.
+
+    The daemon carries out one such request for a domain after the other, and a resume of one that runs changes nothing.
+    """
+    with _daemon_of(plan) as daemon:
+        domain = find(daemon, plan)
+        if domain is None:
+            return True
+        if daemon.state(domain)[0] not in _RUNS:
+            return False
+        try:
+            daemon.resume(domain)
+        except LibvirtRefused as refused:
+            return refused.code == libvirt_rpc.OPERATION_INVALID
+        return True
+
+
+def _daemon_of(plan: LibvirtPlan) -> Libvirt:
+    return Libvirt(plan.socket, plan.uri, time.monotonic() + _DAEMON_S, RPC_S)
 
 
 def resume_domain(plan: LibvirtPlan) -> None:
-    """Resume by the daemon; if that does not make it run, by QMP. Raises OSError: it does not run yet."""
+    """Resume by the daemon, over the connection that looked; if that does not make it run, by QMP. Raises OSError: it does not run yet."""
     try:
-        with Libvirt(plan.socket, plan.uri, time.monotonic() + RPC_S) as daemon:
+        with _daemon_of(plan) as daemon:
             look = _look(daemon, plan)
             if look.condition == "frozen" and look.domain is not None:
                 daemon.resume(look.domain)
@@ -116,24 +170,66 @@ def resume_domain(plan: LibvirtPlan) -> None:
             raise DomainBusy(look.busy)
 
 
+def unusable_sockets(plan: LibvirtPlan) -> list[str]:
+    """The QMP sockets of a plan that this process may not use: the updater, which made it, may have more rights, or see other files."""
+    return [path for path in plan.qmp if not os.access(path, os.W_OK)]
+
+
 def suspend_domain(plan: LibvirtPlan, until: float) -> None:
     """Ask the daemon to pause a domain that runs.
 
+    Whether something is done with it that takes long is asked before and after: a migration shall not find it paused, and leave it so.
+
     Raises:
-        DomainPausedBefore, DomainNotPaused: it did not run.
+        DomainPausedBefore, DomainNotPaused: nothing was done: it did not run, or libvirt does something with it.
+        DomainTaken: it was paused in the moment in which that began.
         LibvirtSilent: it may be paused later.
         OSError: it was not paused.
     """
-    with Libvirt(plan.socket, plan.uri, until) as daemon:
-        domain = find(daemon, plan)
-        if domain is None:
-            raise DomainNotPaused("it has ended, was started again, or was migrated away")
-        state, reason = daemon.state(domain)
-        if state == libvirt_rpc.PAUSED:
-            raise DomainPausedBefore(f"it was paused before ({pause_reason(reason)})")
-        if state not in _RUNS:
-            raise DomainNotPaused("it does not run")
+    try:
+        connection = Libvirt(plan.socket, plan.uri, until)
+    except LibvirtSilent as error:
+        raise DomainNotPaused(str(error)) from error
+    with connection as daemon:
+        try:
+            domain = _suspendable(daemon, plan)
+        except LibvirtSilent as error:
+            raise DomainNotPaused(str(error)) from error
         daemon.suspend(domain)
+        try:
+            job = _job(daemon, domain)
+        except OSError as error:
+            raise DomainTaken(f"{error}, after it was paused; that is undone") from error
+        if not job:
+            return
+        if job != libvirt_rpc.MIGRATION_JOB and job not in _BUSY:
+            with suppress(OSError):  # the operation resumes it until it runs
+                daemon.resume(domain)
+        raise DomainTaken(
+            f"{_JOBS.get(job, _SOME_JOB)}; that began in the moment of its pause, which is undone"
+        )
+
+
+def _suspendable(daemon: Libvirt, plan: LibvirtPlan) -> Domain:
+    """Raises DomainPausedBefore, DomainNotPaused: it may not be suspended now; OSError."""
+    domain = find(daemon, plan)
+    if domain is None:
+        raise DomainNotPaused("it has ended, was started again, or was migrated away")
+    state, reason = daemon.state(domain)
+    if state == libvirt_rpc.PAUSED:
+        raise DomainPausedBefore(f"it was paused before ({pause_reason(reason)})")
+    if state not in _RUNS:
+        raise DomainNotPaused("it does not run")
+    if job := _job(daemon, domain):
+        raise DomainNotPaused(_JOBS.get(job, _SOME_JOB))
+    return domain
+
+
+def _job(daemon: Libvirt, domain: Domain) -> int:
+    """What libvirt does with it that takes long; 0: nothing, or a daemon that knows no jobs."""
+    with suppress(LibvirtRefused):
+        return daemon.job(domain)
+    return libvirt_rpc.NO_JOB
 
 
 def find(daemon: Libvirt, plan: LibvirtPlan) -> Domain | None:
@@ -184,9 +280,7 @@ def _look(daemon: Libvirt, plan: LibvirtPlan) -> DomainLook:
     if condition == "gone":
         return DomainLook(condition, domain, f"libvirt has paused it {pause_reason(reason)}")
     # A resume would wait behind the job for half a minute, and keep one of the daemon's workers from others.
-    job = libvirt_rpc.NO_JOB
-    with suppress(LibvirtRefused):
-        job = daemon.job(domain)
+    job = _job(daemon, domain)
     if job == libvirt_rpc.MIGRATION_JOB:
         return DomainLook("gone", domain, MIGRATES)
     return DomainLook("held" if job in _BUSY else condition, domain, busy=_BUSY.get(job, ""))
@@ -194,6 +288,11 @@ def _look(daemon: Libvirt, plan: LibvirtPlan) -> DomainLook:
 
 MIGRATES = "libvirt is migrating it to another host"
 """Why it is left: where it arrives it is paused as it was here."""
+_JOBS = _BUSY | {
+    libvirt_rpc.MIGRATION_JOB: MIGRATES,
+    libvirt_rpc.BACKUP_JOB: "libvirt is taking a backup of it",
+}
+_SOME_JOB = "libvirt is doing something with it (`virsh domjobinfo` says what)"
 
 _REASONS = {
     1: "by somebody who asked libvirt for it",
@@ -228,34 +327,33 @@ def _condition_of(state: int, reason: int) -> Condition:
     return "held"
 
 
-def _gone_or_raise(refused: LibvirtRefused) -> Condition:
-    if refused.code == libvirt_rpc.NO_DOMAIN:
-        return "gone"
-    raise refused
-
-
-def _condition_by_qmp(plan: LibvirtPlan) -> Condition | None:
+def _look_by_qmp(plan: LibvirtPlan) -> DomainLook | None:
+    """None: QEMU does not say."""
     if not plan.pid:
         return None
     if not alive(plan.pid, plan.start_ticks):
-        return "gone"
+        return DomainLook("gone")
     if not plan.qmp:
         return None
     if is_held(plan.pid):
-        return "held"
+        return DomainLook("held")
     until = time.monotonic() + _QMP_S
     try:
         with reach(plan.pid, plan.start_ticks, plan.qmp, until) as qmp:
             state = run_state(qmp, until)
     except ProcessGone:
-        return "gone"
+        return DomainLook("gone")
     except OSError:
         return None
     if state in RUNNING:
-        return "running"
+        return DomainLook("running")
     if state == "paused":
-        return "frozen"
-    return "gone" if state in OVER else "held"
+        return DomainLook("frozen")
+    if state in PASSING:
+        return DomainLook("held")
+    if state in NOT_OURS:
+        return DomainLook("gone", not_ours=NOT_OURS[state])
+    return DomainLook("gone" if state in OVER else "held")
 
 
 def _resume_by_qmp(plan: LibvirtPlan) -> bool:

@@ -1,12 +1,14 @@
 """libvirt's RPC over its unix socket, as far as a pause needs it: state, suspend and resume of one domain.
 
-Every call has one deadline for all that it does: a daemon that hangs holds its caller no longer. Sources: libvirt's
+Each answer has one deadline, however it drips, and a connection another one: a daemon that hangs is given up after the first, one that
+is slow is not. Sources: libvirt's
 ``src/rpc/virnetprotocol.x`` (the header), ``src/remote/remote_protocol.x`` (procedures), ``include/libvirt/virterror.h``; XDR is RFC 4506.
 The numbers are part of libvirt's wire protocol, which its releases keep.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import socket
 import struct
@@ -36,8 +38,10 @@ RUNNING, BLOCKED, PAUSED, SHUTDOWN, SHUTOFF, CRASHED, SUSPENDED = 1, 2, 3, 4, 5,
 PAUSED_BY_USER: Final = 1
 """VIR_DOMAIN_PAUSED_USER: by a client that asked for a suspend, ourselves included."""
 
-NO_JOB, SAVE_JOB, MIGRATION_JOB, SNAPSHOT_JOB, DUMP_JOB = 0, 2, 5, 6, 8
+NO_JOB, SAVE_JOB, MIGRATION_JOB, SNAPSHOT_JOB, DUMP_JOB, BACKUP_JOB = 0, 2, 5, 6, 8, 9
 """virDomainJobOperation: what is done with a domain that takes long; ``NO_JOB`` is ours."""
+UNKNOWN_JOB: Final = -1
+"""Something is, and the daemon does not say what."""
 _OPERATION = struct.pack(">I", 9) + b"operation" + bytes(3)
 """A parameter's name, as XDR has it."""
 _INT_TYPE = 1
@@ -114,15 +118,18 @@ class Libvirt:
         path: the daemon's socket.
         uri: what is opened there, such as ``qemu:///system``.
         until: for everything that follows (CLOCK_MONOTONIC, s).
+        answer_s: for each answer, in seconds.
 
     Raises:
         LibvirtGone, LibvirtSilent, LibvirtRefused: it cannot be opened.
         OSError: the socket cannot be used.
     """
 
-    def __init__(self, path: str, uri: str, until: float) -> None:
+    def __init__(self, path: str, uri: str, until: float, answer_s: float = math.inf) -> None:
         self._path = path
         self._until = until
+        self._answer_s = answer_s
+        self._answer_by = min(until, time.monotonic() + answer_s)
         self._serial = 0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -141,30 +148,36 @@ class Libvirt:
     ) -> None:
         self._socket.close()
 
+    def extend(self, until: float) -> None:
+        """What follows has until then."""
+        self._until = until
+
     def domain(self, domain_uuid: str) -> Domain:
         """Raises LibvirtRefused with NO_DOMAIN: there is none."""
         body = self._call(_LOOKUP_BY_UUID, uuid.UUID(domain_uuid).bytes)
-        (length,) = struct.unpack_from(">I", body)
+        (length,) = self._unpack(">I", body)
         padded = length + -length % 4
-        (number,) = struct.unpack_from(">i", body, 4 + padded + 16)
-        return Domain(body[4 : 4 + length].decode(), body[4 + padded : 4 + padded + 16], number)
+        (number,) = self._unpack(">i", body, 4 + padded + 16)
+        return Domain(
+            body[4 : 4 + length].decode(errors="replace"), body[4 + padded : 4 + padded + 16], number
+        )
 
     def state(self, domain: Domain) -> tuple[int, int]:
         """virDomainState and its reason."""
-        state, reason = struct.unpack_from(
-            ">ii", self._call(_GET_STATE, _wire(domain) + struct.pack(">I", 0))
-        )
+        state, reason = self._unpack(">ii", self._call(_GET_STATE, _wire(domain) + struct.pack(">I", 0)))
         return state, reason
 
     def job(self, domain: Domain) -> int:
         """virDomainJobOperation of what is under way with it."""
         body = self._call(_GET_JOB_STATS, _wire(domain) + struct.pack(">I", 0))
+        if len(body) < 4 or not struct.unpack_from(">i", body)[0]:
+            return NO_JOB
         # A list of parameters, each with its name, type and value, in no given order.
         at = body.find(_OPERATION)
-        if len(body) < at + len(_OPERATION) + 8 or at < 0 or not struct.unpack_from(">i", body)[0]:
-            return NO_JOB
+        if at < 0 or len(body) < at + len(_OPERATION) + 8:
+            return UNKNOWN_JOB
         kind, operation = struct.unpack_from(">ii", body, at + len(_OPERATION))
-        return operation if kind == _INT_TYPE else NO_JOB
+        return operation if kind == _INT_TYPE and operation else UNKNOWN_JOB
 
     def suspend(self, domain: Domain) -> None:
         """Pause it. Raises LibvirtRefused: it is not running, or another job of it is under way."""
@@ -187,22 +200,29 @@ class Libvirt:
 
     def _authenticate(self) -> None:
         body = self._call(_AUTH_LIST, b"")
-        (count,) = struct.unpack_from(">I", body)
-        offered = struct.unpack_from(f">{min(count, 16)}i", body, 4)
+        (count,) = self._unpack(">I", body)
+        offered = self._unpack(f">{min(count, 16)}i", body, 4)
         if not offered or _AUTH_IS_NONE in offered:
             return
         if _AUTH_IS_POLKIT not in offered:
             raise LibvirtRefused(0, f"{self._path} wants authentication by SASL, which is not supported here")
         self._call(_AUTH_POLKIT, b"")
 
+    def _unpack(self, what: str, body: bytes, offset: int = 0) -> tuple[int, ...]:
+        try:
+            return struct.unpack_from(what, body, offset)
+        except struct.error as error:
+            raise LibvirtGone(f"what listens at {self._path} does not speak libvirt's protocol") from error
+
     def _left(self) -> float:
-        left = self._until - time.monotonic()
+        left = self._answer_by - time.monotonic()
         if left <= 0:
             raise LibvirtSilent(f"libvirt at {self._path} does not answer in time")
         return left
 
     def _call(self, procedure: int, arguments: bytes) -> bytes:
         self._serial += 1
+        self._answer_by = min(self._until, time.monotonic() + self._answer_s)
         head = struct.pack(">IIiiII", _PROGRAM, _VERSION, procedure, _CALL, self._serial, 0)
         try:
             self._socket.settimeout(self._left())

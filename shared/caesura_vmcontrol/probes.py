@@ -152,7 +152,12 @@ class SocketProbes:
         state: Condition = "held"
         tries: list[str] = []
         try:
-            state = self._look(plan, None)
+            try:
+                state = self._look(plan, None)
+            except Exception:
+                # Nobody says whether it is paused: then it is released. There may be a way for that where none is to look.
+                if only_look:
+                    raise
             was_held = state not in ("running", "gone")
             if not only_look and (was_held or decide or not _settled(plan)):
                 try:

@@ -49,6 +49,7 @@ from caesura_vmcontrol.ram_places import RamIdentity, find_error
 
 _TOTAL_S = 1.0  # s: one call, except for a process that is starting; the caller tries again
 _START_S = 3.0  # s: from the program's start to the loaded state; 60 ms on an idle host
+_LONGEST_START_S = 48.0  # s: the same, after tries that failed
 _ARRIVAL_START_S = 120.0  # s: the same in a boot that has just begun, with cold caches; killing it early makes the pause longer
 _CAPABILITIES = {"x-ignore-shared": True, "events": True, "return-path": False, "late-block-activate": True}
 _SHOWS_S = 0.3  # s: for our migration to write something; some milliseconds are usual
@@ -403,8 +404,14 @@ def _loaded(plan: ReplacePlan, process: Process, state: int) -> Qmp:
 
 
 def _patience_s(plan: ReplacePlan) -> float:
-    """From the start of a process to the loaded state, in seconds."""
-    return _ARRIVAL_START_S if of_another_boot(plan) else _START_S
+    """From the start of a process to the loaded state, in seconds: twice as long after each round of all command lines.
+
+    On a host that is too busy to load it in time, tries of the same length, of several guests at once, would fail for ever. Not after
+    each try: the old QEMU, which is next to one that hangs, comes no later.
+    """
+    if of_another_boot(plan):
+        return _ARRIVAL_START_S
+    return min(_START_S * 2.0 ** min(claims.tries(plan.claims) // len(plan.argv), 10), _LONGEST_START_S)
 
 
 def _age_s(process: Process) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from typing import Any, Literal, Protocol
 
@@ -88,6 +88,8 @@ class Watchdog:
         self._intent: Intent | None = None
         self._owner_died_at: float | None = None
         self._seen_running: dict[str, float] = {}
+        self._seen_at_disarm: set[str] = set()
+        """The VMs that are asked over a socket, of which somebody has said since the first disarm that they run."""
         self._unstored_since: float | None = None
         self._probes = SocketProbes(look, release, clock, log)
         self._calls = BoundedCalls()
@@ -133,6 +135,7 @@ class Watchdog:
             raise GuardRefusal(f"cannot write the intent: {error.strerror or error}") from error
         self._intent = intent
         self._owner_died_at = None
+        self._unstored_since = None
         self._reset()
 
     def adopt(self, intent: Intent, why: str = "the guard started and found it armed") -> None:
@@ -156,6 +159,7 @@ class Watchdog:
 
     def _reset(self) -> None:
         self._seen_running = {}
+        self._seen_at_disarm = set()
         self._probes = SocketProbes(self._look, self._release, self._clock, self._log)
 
     def owner_gone(self, *, dead: bool) -> None:
@@ -210,11 +214,28 @@ class Watchdog:
         self._probes.demand(plan.vm for plan in intent.plans if isinstance(plan, ASKING_PLANS))
         self._sweep(release_all=True)
 
+    def drop(self, operation: str, vms: Collection[str]) -> None:
+        """The operation has not paused these VMs, and will not: one that is paused is not ours to resume. Durable when this returns.
+
+        Raises:
+            GuardRefusal: it is not armed, or has fired; or the disk refused, then they count until a restart of the guard.
+        """
+        intent = self._intent
+        if intent is None or intent.operation != operation:
+            raise GuardRefusal(f"operation {operation} is not armed")
+        if intent.fired is not None:
+            raise GuardRefusal("it has fired already")
+        intent.plans = tuple(plan for plan in intent.plans if plan.vm not in vms)
+        self._log("guard.dropped", operation=operation, vms=list(vms))
+        self._save()
+        if self._unstored_since is not None:
+            raise GuardRefusal("that is not recorded: a guard that is started again would resume them")
+
     def disarm(self, operation: str) -> dict[str, Any] | None:
         """The operation is over. Its intent is returned if the guard had to fire, else None.
 
         Raises:
-            GuardRefusal: a VM of it is paused (the guard fires then), or the disk refused.
+            GuardRefusal: a VM of it is paused (the guard fires then), nobody says in time whether one is, or the disk refused.
         """
         intent = self._intent
         if intent is None or intent.operation != operation:
@@ -225,6 +246,9 @@ class Watchdog:
             self.look_again()  # the owner may have frozen something since the last look
         elif self._any_held(intent):
             self.fire("disarmed while a VM was paused")
+        elif unseen := _asked(intent) - self._seen_at_disarm:
+            # A daemon that is slow, too, comes here: nothing is known yet that would be undone. Until all have answered the deadline holds.
+            raise GuardRefusal(f"nobody has said yet whether it runs: {', '.join(sorted(unseen))}")
         until = time.monotonic() + wait_s
         for _ in range(2):  # a round that began earlier is awaited first; then follows the one that counts
             self.step()
@@ -326,17 +350,18 @@ class Watchdog:
             self._save()
 
     def _any_held(self, intent: Intent) -> bool:
-        """Whether a VM of an operation that did not fire is paused, or cannot be seen to run in time."""
-        asked = {plan.vm for plan in intent.plans if isinstance(plan, ASKING_PLANS)}
+        """Whether a VM of an operation that did not fire is paused, or nobody can say; not: nobody has said yet."""
+        asked = _asked(intent)
         for plan in intent.plans:
-            if plan.vm in asked:
+            if plan.vm in asked - self._seen_at_disarm:
                 self._probes.begin(plan, only_look=True)
         self._calls.begin_sweep()
         table = self._table(intent)
         if any(self._held(plan, table) for plan in intent.plans if plan.vm not in asked):
             return True
-        seen = {each.vm: each.was_held or bool(each.why_not) for each in self._probes.ended(_LOOK_ROUND_S)}
-        return any(seen.get(vm, True) for vm in asked)
+        looks = self._probes.ended(_LOOK_ROUND_S)
+        self._seen_at_disarm |= {each.vm for each in looks}
+        return any(each.was_held or each.why_not for each in looks)
 
     def _note_arrival(self, intent: Intent, vm: str, state: Condition, at: float) -> bool:
         """After a change of the kernel: a guest that could not be resumed at the arrival, and now is; whether it is new."""
@@ -423,6 +448,10 @@ class Watchdog:
             self._unstored_since = self._clock()
         else:
             self._unstored_since = None
+
+
+def _asked(intent: Intent) -> set[str]:
+    return {plan.vm for plan in intent.plans if isinstance(plan, ASKING_PLANS)}
 
 
 def _is_rehearsal_that_did_not_leave(intent: Intent) -> bool:

@@ -33,7 +33,9 @@ def _table(lanes: Any, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
 
 def test_what_is_chosen(lanes: Any) -> None:
     everything = lanes.chosen([], fast=False)
-    assert {"e2e", "journeys", "clusters", "integration", "compose", "wheel", "asyncapi"} < set(everything)
+    assert {"e2e", "hosts", "journeys", "clusters", "integration", "compose", "wheel", "asyncapi"} < set(
+        everything
+    )
     assert not {"soak", "mutation", "kexec", "kexec-all", "nats"} & set(everything), (
         "they take hours, or an idle machine"
     )
@@ -219,7 +221,7 @@ def test_the_script_needs_no_environment_for_its_help() -> None:
     helped = subprocess.run(
         [str(_ROOT / "check"), "--help"], capture_output=True, text=True, timeout=patient(30), check=True
     )
-    for lane in ("e2e", "journeys", "unit", "soak"):
+    for lane in ("e2e", "hosts", "journeys", "unit", "soak"):
         assert f"\n  {lane} " in helped.stdout
     assert "examples:" in helped.stdout
 

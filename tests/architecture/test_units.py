@@ -255,3 +255,17 @@ def test_a_guard_that_starts_qemu_can_and_is_outlived_by_it() -> None:
     for key in ("PrivateDevices", "PrivateNetwork", "PrivateTmp", "MemoryDenyWriteExecute"):
         assert the(more, key) == "no", f"{key}: /dev/kvm, taps, sockets in /tmp, TCG"
     assert the(more, "SystemCallFilter") == "", "QEMU's system calls are not the guard's"
+
+
+def test_libvirt_hosts_have_a_way_past_the_daemon_with_two_of_roots_rights() -> None:
+    """Without capabilities root may open neither QEMU's sockets nor its list of descriptors."""
+    updater, guard = (
+        read_drop_in(f"libvirt/caesura-{name}-root.conf") for name in ("host-updater", "pause-guard")
+    )
+    assert the(updater, "User") == the(guard, "User") == "root", (
+        "the guard hears nobody but its own user and root"
+    )
+    assert the(updater, "CapabilityBoundingSet") == "CAP_DAC_OVERRIDE CAP_SYS_PTRACE"
+    assert the(guard, "CapabilityBoundingSet") == "CAP_DAC_OVERRIDE"
+    folder = (_UNITS / "libvirt" / "caesura-qmp.tmpfiles").read_text(encoding="utf-8").splitlines()[-1]
+    assert folder.split() == ["d", "/run/caesura-qmp", "2770", "libvirt-qemu", "caesura-host", "-"]

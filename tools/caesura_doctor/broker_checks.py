@@ -57,7 +57,7 @@ class _CoordinatorClock:
 async def check_broker(settings: HostUpdaterSettings, host: HostFile) -> AsyncIterator[Diagnosis]:
     """Connects as the host's user, beside a host updater that may run, and publishes about a VM that nobody has."""
     try:
-        options = options_from(settings, client_id=f"caesura-doctor-{host.host}-{new_id()[:8]}")
+        options = options_from(settings, client_id=f"caesura-doctor-{host.host}-{new_id()[:8]}", new_id=True)
     except BrokerOptionsError as error:
         yield wrong("broker.settings", str(error), "mend the broker's settings")
         return

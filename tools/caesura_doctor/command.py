@@ -20,7 +20,7 @@ from caesura_demo.workspace import CleanUp, Interrupted
 from caesura_doctor.broker_checks import BEAT_S, check_broker
 from caesura_doctor.figures import Figures, findings_of, table_of
 from caesura_doctor.host_checks import check_host, host_file
-from caesura_doctor.host_settings import ENV_FILE, PREFIX, host_settings
+from caesura_doctor.host_settings import ENV_FILE, PREFIX, host_settings, password_error
 from caesura_doctor.measure_checks import look_for_needs
 from caesura_doctor.measurement import AcceleratorChoice, MeasurementFailed, choose_accelerator, measure
 from caesura_host_updater.drivers.diagnosis import Diagnosis, ok, warning, wrong
@@ -38,7 +38,7 @@ examples:
 
 \b
 The settings are those of the host updater: its variables ({PREFIX}...), or {ENV_FILE}.
-Run as the host updater's user, it sees what that user may do.
+Run as the host updater's user, it sees what that user may do; run as root, it reads the broker's password. Do both.
 
 \b
 --measure looks at nothing of that. It boots a small guest (`caesura guest build`) in a QEMU of its own, with KVM where that
@@ -213,7 +213,9 @@ def _findings(env_file: str | None, environ: Mapping[str, str], *, broker: bool,
         return found
     for finding in check_host(settings, host, environ):
         add(finding)
-    if broker:
+    if broker and (why := password_error(settings, env_file, environ)):
+        add(warning("broker.password", why, "sudo caesura doctor, which asks it"))
+    elif broker:
         asyncio.run(_broker(settings, host, add))
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,7 +21,7 @@ class EnvFileUnusable(ConfigError):
 
 
 def host_settings(env_file: str | None, environ: Mapping[str, str]) -> HostUpdaterSettings:
-    """The settings.
+    """The settings, without the password where only root may read it, as the unit's is: see ``password_error``.
 
     Args:
         env_file: a file of ``NAME=value`` lines; None: ``ENV_FILE`` where it exists and the environment has no host file.
@@ -30,13 +31,41 @@ def host_settings(env_file: str | None, environ: Mapping[str, str]) -> HostUpdat
         SettingsError: a variable is unknown, missing or wrong.
     """
     known = dict(environ)
-    if env_file is None and f"{PREFIX}HOST_FILE" not in environ and Path(ENV_FILE).exists():
-        env_file = ENV_FILE
-    if env_file is not None:
-        known |= read_env_file(env_file)
-        if _PASSWORD_VARIABLE not in known and Path(_PASSWORD).exists():
+    file = _file(env_file, environ)
+    if file is not None:
+        known.setdefault(f"{PREFIX}GUARD", "external")  # as the unit's, whose file it is
+        known |= read_env_file(file)
+        if _PASSWORD_VARIABLE not in known and _exists(_PASSWORD) and _may_read(_PASSWORD):
             known[_PASSWORD_VARIABLE] = _PASSWORD
     return read_settings(HostUpdaterSettings, PREFIX, known)
+
+
+def password_error(settings: HostUpdaterSettings, env_file: str | None, environ: Mapping[str, str]) -> str:
+    """Why the broker cannot be asked as the host updater would; empty: it can."""
+    if (
+        settings.broker_password
+        or _file(env_file, environ) is None
+        or not _exists(_PASSWORD)
+        or _may_read(_PASSWORD)
+    ):
+        return ""
+    return f"{_PASSWORD} is root's, who gives it to the unit: this user may not read it, so the broker is not asked"
+
+
+def _file(env_file: str | None, environ: Mapping[str, str]) -> str | None:
+    """The file that the settings come from, if they do."""
+    if env_file is None and f"{PREFIX}HOST_FILE" not in environ and _exists(ENV_FILE):
+        return ENV_FILE
+    return env_file
+
+
+def _exists(path: str) -> bool:
+    """Also false where its folder may not be entered, for which ``Path.exists`` raises an error."""
+    return os.path.exists(path)  # noqa: PTH110 - see above
+
+
+def _may_read(path: str) -> bool:
+    return os.access(path, os.R_OK)
 
 
 def read_env_file(path: str) -> dict[str, str]:

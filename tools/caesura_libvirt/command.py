@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from typing import TypeVar
 
 import click
 import msgspec
@@ -23,7 +24,12 @@ from caesura_host_updater.drivers.libvirt.definition import (
     read_label,
     vms_of,
 )
-from caesura_host_updater.drivers.libvirt.diagnosis import sockets_of
+from caesura_host_updater.drivers.libvirt.diagnosis import HANGS, sockets_of
+from caesura_vmcontrol.bounded_calls import CallTimeout, within
+
+_ANSWER_S = 5.0  # s: for one question to the daemon; it takes some 10 ms
+
+T = TypeVar("T")
 
 _EXIT_CODES = """\b
 exit codes:
@@ -148,7 +154,7 @@ def label(
         if not remove:
             wanted = _changed(found, set_name, update_domain, fault_domain, vm_name, agent)
         try:
-            connection.set_label(domain, wanted)
+            _answered(lambda: connection.set_label(domain, wanted), "label")
         except LibvirtError as error:
             raise LibvirtCommandError(f"{domain} is not labelled: {error}") from error
         made = next(each for each in _shown(_domains(connection)) if each.domain == domain)
@@ -194,11 +200,21 @@ def _connection(uri: str, socket: str, binding: str) -> LibvirtConnection:
 
 def _domains(connection: LibvirtConnection) -> list[FoundDomain]:
     try:
-        return connection.domains()
+        return _answered(connection.domains, "domains")
     except LibvirtError as error:
         raise LibvirtCommandError(
             f"{error}. Is libvirtd (or virtqemud) running, and may this user use it (group libvirt, or root)?"
         ) from error
+
+
+def _answered(work: Callable[[], T], what: str) -> T:
+    """What the daemon answers. Raises LibvirtCommandError: it hangs; LibvirtError, NoBinding."""
+    try:
+        return within(_ANSWER_S, work, key=what)
+    except CallTimeout:
+        raise LibvirtCommandError(
+            f"libvirt's daemon does not answer within {_ANSWER_S:g} s: it hangs. {HANGS}"
+        ) from None
 
 
 def _changed(

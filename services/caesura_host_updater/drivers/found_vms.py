@@ -31,12 +31,14 @@ class SingleLook:
         self._now: asyncio.Future[None] | None = None
 
     async def take(self) -> None:
-        """Look, or wait for the look that is under way."""
+        """Look, or wait for the look that is under way. Raises what that does."""
         if self._now is None or self._now.done():
             self._now = asyncio.ensure_future(self._look())
         await asyncio.wait([self._now], timeout=self._patience_s)
         if not self._now.done():
             self._on_silence()
+            return
+        self._now.result()
 
 
 class VmsOfOperation(Generic[P]):

@@ -30,7 +30,14 @@ class DriverError(CaesuraError):
 
 
 class FreezeFailed(DriverError):
-    """The VM is not paused, or it could not be shown that it is; it may be partly frozen."""
+    """The VM is not paused, or it could not be shown that it is; it may be partly frozen.
+
+    ``untouched``: nothing was done to it, and nothing will take effect later: if it is paused, somebody else paused it.
+    """
+
+    def __init__(self, vm: str, why: str, *, untouched: bool = False) -> None:
+        self.untouched = untouched
+        super().__init__(vm, why)
 
 
 class SwapFailed(DriverError):

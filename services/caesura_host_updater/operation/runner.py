@@ -101,6 +101,9 @@ class Guard(Protocol):
     async def leave(self, operation: str, by: float) -> None:
         """Start the loaded kernel, not after ``by`` (CLOCK_MONOTONIC); returns only as an error. Raises GuardUnavailable."""
 
+    async def drop(self, operation: str, vms: Sequence[str]) -> None:
+        """The operation has not paused these VMs: they are not its guard's. Raises GuardUnavailable."""
+
     async def disarm(self, operation: str) -> Intent | None:
         """Release the operation; returns what the guard did if it fired. Raises GuardUnavailable."""
 
@@ -167,7 +170,7 @@ class OperationRunner:
         self._announce = announce
         self._on_change = on_change
         self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._actions = VmActions(driver, lambda: self.state, self._events.put_nowait, on_change)
+        self._actions = VmActions(driver, lambda: self.state, self._events.put_nowait, on_change, self._drop)
         self._freezing: dict[str, asyncio.Task[None]] = {}
         self._shutting_down: dict[str, asyncio.Task[None]] = {}
         self._watching: asyncio.Task[None] | None = None
@@ -368,6 +371,14 @@ class OperationRunner:
         else:
             self._events.put_nowait(NotLeft("the pause guard says that it did, and this kernel still runs"))
 
+    async def _drop(self, vm: str) -> None:
+        """Somebody else paused it, or has it: neither the guard nor our next life is to resume it."""
+        try:
+            await self._guard.drop(self.state.operation, [vm])
+        except GuardUnavailable as error:
+            _log.warning("guard.not_dropped", vm=vm, why=str(error))
+        self._pauses.remove([vm])
+
     def _stop_watching(self) -> None:
         if self._watching is not None:
             self._watching.cancel()
@@ -398,6 +409,8 @@ class OperationRunner:
             with suppress(StoreError, TimeoutError):
                 async with asyncio.timeout(_FLUSH_S):
                     await self._journal.do(lambda _: None)
+            # A VM that somebody else has paused: the guard would resume it when it is released, and finds it paused.
+            await self._actions.wait_dropped()
             record = await self._guard.disarm(self.state.operation)
         except GuardUnavailable as error:
             _log.warning("guard.not_disarmed", operation=self.state.operation, why=str(error))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from caesura.lifecycle.budget import START_S
 from caesura.lifecycle.proof import SAVING
@@ -60,6 +60,7 @@ class VmActions:
         state: the operation as it is now.
         emit: accepts each result; must not wait.
         on_change: called when a VM was seen to end.
+        drop: has the guard forget a VM that the operation did not pause, or that was left.
     """
 
     def __init__(
@@ -68,7 +69,10 @@ class VmActions:
         state: Callable[[], Operation],
         emit: Callable[[Event], None],
         on_change: Callable[[], None],
+        drop: Callable[[str], Awaitable[None]],
     ) -> None:
+        self._drop_from_guard = drop
+        self._dropped: dict[str, asyncio.Future[None]] = {}
         self._driver = driver
         self._state = state
         self._emit = emit
@@ -146,11 +150,22 @@ class VmActions:
             raise
         except (FreezeFailed, NotPossible) as error:
             self._emit(VmNotFrozen(vm, called_at, error.why))
+            if isinstance(error, FreezeFailed) and error.untouched:
+                self._drop(vm)
         except Exception as error:
             self._emit(VmNotFrozen(vm, called_at, repr(error)))
             raise
         else:
             self._emit(VmFroze(vm, called_at, time.monotonic()))
+
+    def _drop(self, vm: str) -> None:
+        """Once, beside everything else: a guard that hangs delays no other VM's resume."""
+        if vm not in self._dropped:
+            self._dropped[vm] = asyncio.ensure_future(self._drop_from_guard(vm))
+
+    async def wait_dropped(self) -> None:
+        """Return when the guard has answered, or not in time, for all VMs that it had to forget."""
+        await asyncio.gather(*self._dropped.values())
 
     async def _checkpoint(self, vm: str, by: float) -> None:
         if not isinstance(self._driver, ReplaceCapable):
@@ -228,6 +243,7 @@ class VmActions:
                 match end:
                     case "left":
                         detail = self._driver.why_left(vm)
+                        self._drop(vm)
                     case "gone":
                         detail = self._driver.health_error(vm)
                     case _:

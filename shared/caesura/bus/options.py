@@ -154,15 +154,24 @@ class BrokerOptions(msgspec.Struct, frozen=True, kw_only=True):
         return context
 
 
-def options_from(settings: ServiceSettings, *, client_id: str, clean: bool = True) -> BrokerOptions:
+def options_from(
+    settings: ServiceSettings, *, client_id: str, clean: bool = True, new_id: bool = False
+) -> BrokerOptions:
     """The options from a service's settings.
+
+    Args:
+        settings: of any service.
+        client_id: what logs call it; unique in the fleet.
+        clean: nothing is kept for it while it is away. At a cluster its session is kept all the same, unless the id is new.
+        new_id: nobody had this id before: it ends at random.
 
     At a cluster the client id ends in a code that only the owner of the password can compute: clustered brokers do not bind ids to users
     as Mosquitto does (``use_username_as_clientid``), and who knows another's id disconnects it.
     """
     secret = settings.broker_password.reveal()
     code = ""
-    if secret and len(parse_addresses(settings.broker_url)) > 1:
+    cluster = len(parse_addresses(settings.broker_url)) > 1
+    if secret and cluster:
         code = hmac.new(secret.encode(), client_id.encode(), "sha256").hexdigest()[:_ID_CODE]
     return BrokerOptions(
         url=settings.broker_url,
@@ -175,7 +184,8 @@ def options_from(settings: ServiceSettings, *, client_id: str, clean: bool = Tru
         key_file=settings.broker_key_file,
         protocol=settings.broker_protocol,
         ignore_retained=settings.broker_retained == "ignored",
-        clean=clean,
+        # RabbitMQ has the queue of a clean session on one node only: when that dies, its client can connect nowhere until it is back.
+        clean=clean and (new_id or not cluster),
     )
 
 

@@ -30,9 +30,10 @@ from caesura_coordinator.inputs import Approve, Tick
 from caesura_coordinator.plan import make_plan
 from caesura_coordinator.records import Rollout, new_rollout
 from caesura_coordinator.repository import RolloutRepository
-from caesura_coordinator.shared_store import LEFT_OUT, SharedStore, working_copy
+from caesura_coordinator.shared_store import SharedStore, working_copy
 from caesura_coordinator.store import MIGRATIONS, CoordinatorStore
 from caesura_coordinator.store_options import tables_of
+from caesura_coordinator.takeover import LEFT_OUT
 from caesura_testing.patience import patient
 from caesura_testing.postgresql import PostgresServer, programs
 from caesura_testing.proxy import TcpProxy

@@ -195,6 +195,19 @@ async def test_a_domain_that_is_being_migrated_when_its_pause_ends_is_left_and_n
     assert other.state("web-1") == "paused"
 
 
+async def test_a_domain_that_is_being_migrated_is_not_paused(
+    driver: LibvirtDriver, daemon: LibvirtDaemon, other: LibvirtDaemon
+) -> None:
+    """It would arrive paused."""
+    with stalled(daemon, other) as (moving, _):
+        with pytest.raises(FreezeFailed, match="is migrating it to another host") as raised:
+            await driver.freeze("web-1", freeze_deadline())
+        assert raised.value.untouched
+        assert moving.poll() is None
+    assert moving.returncode == 0
+    assert other.state("web-1") == "running"
+
+
 async def test_a_migration_that_fails_after_the_pause_leaves_no_domain_paused(
     driver: LibvirtDriver, daemon: LibvirtDaemon, other: LibvirtDaemon
 ) -> None:

@@ -25,6 +25,7 @@ from caesura_host_updater.drivers.process.freezers import (
 )
 from caesura_testing.patience import patient
 from caesura_vmcontrol.guard_socket import socket_address
+from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
 from caesura_vmcontrol.procfs import boot_id, read_process
 from caesura_vmcontrol.resume_plans import plan_to_json
 from caesura_vmcontrol.vm_control import condition, resume_vm
@@ -187,6 +188,35 @@ def test_a_standard_error_that_is_a_full_pipe_costs_no_resume(
     wait(lambda: condition(vm) == "running", "the resume")
     process.terminate()
     assert process.wait(PATIENCE_S) == 0
+
+
+def test_what_somebody_else_paused_stays_so(guard: Guard, vm: ProcessPlan) -> None:
+    """The updater found it paused, says so, and dies."""
+    guard.start()
+    connection, another = guard.connect(), guard.connect()
+    guard.arm(connection, vm, 20)
+    freeze(vm)
+    words = {"do": "drop", "operation": "op-1", "vms": ["vm"]}
+    assert "only who armed" in guard.ask(another, **words)["error"]
+    answer = guard.ask(connection, **words)
+    assert answer["ok"], answer
+    assert answer["intent"]["plans"] == []
+    connection.close()
+    wait(lambda: guard.ask(another, do="status")["state"] == "fired", "the guard to fire")
+    assert guard.ask(another, do="disarm", operation="op-1")["ok"]
+    assert condition(vm) == "frozen"
+
+
+def test_ways_out_that_are_none_from_the_guard_are_told(guard: Guard, tmp_path: Path) -> None:
+    guard.start()
+    connection = guard.connect()
+    uuid = "783136f9-2b12-4ee3-8a40-5eee38a7cccd"
+    plan = LibvirtPlan(
+        "web-1", "/none", "qemu:///system", uuid, 1, 0, 0, (str(tmp_path / "none"), str(tmp_path))
+    )
+    request = arming(plan, 20)  # type: ignore[arg-type]
+    answer = guard.ask(connection, **request)
+    assert answer["unusable"] == {"web-1": [str(tmp_path / "none")]}
 
 
 def test_connection_lost(guard: Guard, vm: ProcessPlan) -> None:

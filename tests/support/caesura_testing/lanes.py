@@ -25,13 +25,13 @@ _SAY_EVERY_S = 30.0
 _END_S = 20.0
 """s: for the lanes to end after a signal, before they are killed."""
 
-# One a core: unit tests hardly wait, and each worker imports and collects all of them for itself. Tests of one file stay in one
-# process, where its fixtures are shared.
-_WORKERS = f"-n {min(CORES, 8)} --dist loadfile"
-
+# Half as many again as there are cores: unit tests wait for a process or a thread a third of their time. Not more: each worker imports and
+# collects all of them for itself. Tests of one file stay in one process, where its fixtures are shared.
+_WORKERS = f"-n {min(CORES + (CORES + 1) // 2, 8)} --dist loadfile"
 
 _JOURNEYS = ("demo", "docs", "page", "qemu")
 _CLUSTERS = ("broker_clusters", "high_availability")
+_HOSTS = ("doctor", "guard", "libvirt", "memory", "proxmox", "update", "vm")
 
 
 class Lane(NamedTuple):
@@ -77,8 +77,17 @@ LANES = {
         "pytest -q tests/e2e "
         + " ".join(
             f"--ignore tests/e2e/{name}"
-            for name in (*_JOURNEYS, *_CLUSTERS, "clients", "compose", "containers", "kexec", "soak")
+            for name in (
+                *_JOURNEYS,
+                *_CLUSTERS,
+                *_HOSTS,
+                *("clients", "compose", "containers", "kexec", "soak"),
+            )
         ),
+    ),
+    "hosts": Lane(
+        f"tests/e2e/{{{','.join(_HOSTS)}}}: a host with its guard; libvirt, Proxmox",
+        "pytest -q " + " ".join(f"tests/e2e/{name}" for name in _HOSTS),
     ),
     "journeys": Lane(
         f"tests/e2e/{{{','.join(_JOURNEYS)}}}: what people see and type, and QEMU guests",

@@ -171,6 +171,7 @@ class LibvirtDaemon:
         *,
         label: str = "",
         own_qmp: bool = False,
+        qmp_dir: Path | None = None,
         devices: str = "",
         memory: str = "",
         boot: str = "",
@@ -181,7 +182,7 @@ class LibvirtDaemon:
 
         Args:
             label: our element's attributes, such as ``set='web' update-domain='0'``.
-            own_qmp: whether it has a QMP socket of its own.
+            own_qmp: whether it has a QMP socket of its own, ``NAME.qmp`` in ``qmp_dir`` if that is given.
             memory: what is in its ``<memoryBacking>``.
             boot: further elements of ``<os>``.
         """
@@ -189,7 +190,7 @@ class LibvirtDaemon:
         if own_qmp:
             commandline = (
                 "<qemu:commandline><qemu:arg value='-qmp'/>"
-                f"<qemu:arg value='unix:{self.own_qmp(name)},server=on,wait=off'/></qemu:commandline>"
+                f"<qemu:arg value='unix:{(qmp_dir or self.runtime_dir) / name}.qmp,server=on,wait=off'/></qemu:commandline>"
             )
         metadata = f"<metadata><c:vm xmlns:c='urn:caesura:libvirt' {label}/></metadata>" if label else ""
         file = self.folder / f"{name}.xml"

@@ -124,6 +124,15 @@ def test_options_come_from_a_services_settings() -> None:
     assert (options.client_id, options.clean, options.protocol, options.ca_file) == ("me", False, "5", "/ca")
 
 
+def test_at_a_cluster_only_who_has_a_new_id_has_a_clean_session() -> None:
+    """A clean session's queue is on one node of RabbitMQ: a host was off the bus for as long as the node that died."""
+    one, cluster = ServiceSettings(broker_url="mqtt://a"), ServiceSettings(broker_url="mqtt://a,b")
+    assert options_from(one, client_id="host").clean
+    assert not options_from(cluster, client_id="host").clean
+    assert options_from(cluster, client_id="ctl-1f", new_id=True).clean
+    assert not options_from(one, client_id="agent", clean=False).clean
+
+
 def test_without_tls_there_is_no_tls_context() -> None:
     assert BrokerOptions().tls() is None
 

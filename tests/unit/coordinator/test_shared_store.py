@@ -15,10 +15,11 @@ from caesura.bus.memory import MemoryBroker, MemoryBus
 from caesura.runtime import shared_rows
 from caesura.runtime.errors import StoreError
 from caesura.runtime.shared_rows import Content, TableChanges
-from caesura_coordinator import shared_store
+from caesura_coordinator import takeover
 from caesura_coordinator.service import Coordinator, is_another, subscriptions
-from caesura_coordinator.shared_store import SharedStore, hold_off_s, working_copy
+from caesura_coordinator.shared_store import SharedStore, working_copy
 from caesura_coordinator.store import MIGRATIONS
+from caesura_coordinator.takeover import hold_off_s
 from caesura_testing.collector import eventually
 from caesura_testing.patience import patient
 
@@ -110,7 +111,7 @@ async def test_a_take_over_takes_its_time_in_the_thread_and_gives_signs_of_life(
             time.sleep(0.01)
         real(*values)
 
-    monkeypatch.setattr(shared_store, "insert", slow)
+    monkeypatch.setattr(takeover, "insert", slow)
     shared = shared_with(rows, lease_s=0.4)
     async with asyncio.timeout(patient(30)):
         assert await shared.lead() == []

@@ -192,6 +192,55 @@ def test_an_engine_whose_containers_end_with_it_is_a_risk_that_is_named(tmp_path
     assert driver.detail() == "Docker 28.2.2"
 
 
+async def test_a_pause_of_ours_that_came_late_is_nobody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = ContainerDriver((ContainerVm(name="a"),), ContainerOptions(), tmp_path)
+    world = World(driver, monkeypatch)
+    world.silent = True
+    with pytest.raises(FreezeFailed, match="does not answer"):
+        await driver.freeze("a", time.monotonic() + 5)
+    world.state = "frozen"
+    monkeypatch.setattr(module, "pause_container", _found_paused)
+    with pytest.raises(FreezeFailed, match="came late"):
+        await driver.freeze("a", time.monotonic() + 5)
+    assert (driver.why_left("a"), await driver.resume("a", 5)) == ("", "running")
+
+
+async def test_a_late_pause_that_was_ended_by_the_operation_is_expected_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = ContainerDriver((ContainerVm(name="a"),), ContainerOptions(), tmp_path)
+    world = World(driver, monkeypatch)
+    driver._late.expect(driver._runs["a"])
+    assert await driver.resume("a", 5) == "running"
+    assert "a" in driver._late, "it may come yet"
+    world.state = "frozen"
+    assert await driver.resume("a", 5) == "running"
+    assert "a" not in driver._late
+
+
+async def test_a_container_that_cannot_be_looked_at_is_resumed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = ContainerDriver((ContainerVm(name="a"),), ContainerOptions(), tmp_path)
+    world = World(driver, monkeypatch)
+    world.state = "frozen"
+
+    def look(_: object) -> str:
+        if world.state == "frozen":
+            raise PermissionError("nobody says")
+        return world.state
+
+    monkeypatch.setattr(module, "condition", look)
+    assert await driver.resume("a", 5) == "running"
+    assert world.resumed == 1
+
+
+def _found_paused(*_: object) -> None:
+    raise pausing.PausedBefore("it is paused")
+
+
 async def test_a_pause_that_comes_late_is_undone_and_one_of_ours_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

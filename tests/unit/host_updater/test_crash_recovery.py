@@ -63,6 +63,9 @@ class Fleet:
     async def start(self) -> Any:
         return type("Held", (), {"operation": "op-1", "kernel_change": None})()
 
+    def pause_risk(self, _vm: str) -> str:
+        return ""
+
     async def disarm(self, operation: str) -> None:
         self.asked.append(f"disarm {operation}")
 

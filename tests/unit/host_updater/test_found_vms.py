@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from caesura_host_updater.drivers.found_vms import SingleLook, VmsOfOperation
 from caesura_host_updater.drivers.libvirt.resume_paths import is_same_life
 from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
@@ -33,6 +35,16 @@ async def test_there_are_never_two_looks_at_a_time() -> None:
     assert begun == 1, "the one that was under way"
     await single.take()
     assert (begun, len(silences)) == (2, 2)
+
+
+async def test_a_look_that_fails_is_told_to_whoever_takes_it() -> None:
+    async def look() -> None:
+        raise ZeroDivisionError("a bug")
+
+    single = SingleLook(look, 5.0, lambda: None)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            await single.take()
 
 
 def test_a_vm_stays_one_of_its_operation_until_that_is_over() -> None:

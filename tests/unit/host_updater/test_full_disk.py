@@ -45,6 +45,7 @@ async def test_a_command_under_a_new_epoch_that_cannot_be_written_down_does_not_
         name="idle",
         detail=str,
         on_lost=None,
+        pause_risk=lambda _: "",
     )
     updater = updater_with(HostFile(host="host-1"), journal, driver=idle, metrics=idle)
     await hand(updater, freeze_one(epoch=2, coordinator="c2"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,6 +45,13 @@ def test_a_label_reads_as_it_was_written() -> None:
         ("<vm name='a/b'/>", "'a/b'"),
         ("<vm agent='true'/>", "agent is 'true', not yes or no"),
         ("<vm", "it is not XML"),
+        ("<c:label xmlns:c='urn:caesura:libvirt' set='web'/>", "it is an element label, not vm"),
+        ("<c:vm xmlns:c='urn:other'/>", "it is an element {urn:other}vm, not vm"),
+        (
+            "<vm><set>web</set><update-domain>0</update-domain></vm>",
+            "it has elements in it: set, update-domain",
+        ),
+        ("<vm>set=web</vm>", "it has text in it: 'set=web'"),
     ],
 )
 def test_a_label_with_a_mistake_is_named(text: str, why: str) -> None:
@@ -52,6 +61,22 @@ def test_a_label_with_a_mistake_is_named(text: str, why: str) -> None:
     assert why in vm.label_error
     assert "caesura libvirt label web-1" in vm.label_error
     assert (vm.set, vm.update_domain, passed) == ("", None, {})
+
+
+def test_what_libvirt_makes_of_a_label_is_one() -> None:
+    """It puts its namespace there, and space between the lines."""
+    text = "<caesura:vm xmlns:caesura='urn:caesura:libvirt' set='web' update-domain='1'>\n  <!-- mine -->\n</caesura:vm>"
+    assert read_label(text) == Label(set="web", update_domain=1)
+
+
+def test_remedies_can_be_pasted() -> None:
+    """Whatever a domain is called."""
+    name = "Web's server; rm -rf $HOME"
+    (vm,), _ = vms_of([_domain(name, "<vm sett=''/>")], "all")
+    _, passed = vms_of([_domain(name + "x" * 70)], "all")
+    for text, wanted in ((vm.label_error, name), (passed[name + "x" * 70], name + "x" * 70)):
+        command = text.split("`")[1].removesuffix(" …")
+        assert shlex.split(command)[:4] == ["caesura", "libvirt", "label", wanted]
 
 
 def test_names_that_cannot_be_on_the_bus_are_escaped_and_never_shared() -> None:

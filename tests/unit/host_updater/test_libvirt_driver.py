@@ -2,17 +2,94 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import subprocess
 import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from caesura_host_updater.drivers.libvirt import restarting
-from caesura_host_updater.drivers.libvirt.definition import LibvirtOptions, LibvirtVm
+from caesura_host_updater.drivers.libvirt.binding import NoBinding
+from caesura_host_updater.drivers.libvirt.definition import (
+    FoundDomain,
+    LibvirtOptions,
+    LibvirtVm,
+    vms_of,
+)
+from caesura_host_updater.drivers.libvirt.domain_view import DomainView
 from caesura_host_updater.drivers.libvirt.driver import LibvirtDriver
+from caesura_host_updater.drivers.libvirt.guest_memory import GuestMemory
+from caesura_host_updater.drivers.libvirt.restarting import DomainRestarter
+from caesura_host_updater.drivers.port import FreezeFailed, ShutdownFailed
+from caesura_testing.libvirt_answers import UUID as _UUID
+from caesura_testing.libvirt_answers import Daemon, QmpSocket, good, refusal, reply, with_job
+from caesura_testing.patience import patient
 from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
+from caesura_vmcontrol.procfs import read_process
 
-_UUID = "783136f9-2b12-4ee3-8a40-5eee38a7cccd"
+_LABEL = '<vm name="web-old" set="web" update-domain="0"/>'
+_JOB, _STATE, _RESUME, _SUSPEND, _AUTH_LIST = 298, 212, 28, 34, 66
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    """With one domain that is paused, web-1."""
+    made = Daemon(tmp_path / "s")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def qmp(tmp_path: Path) -> Iterator[QmpSocket]:
+    made = QmpSocket(tmp_path / "q")
+    yield made
+    made.close()
+
+
+class _NothingMigrates:
+    """The binding's connection, as far as a resume asks it."""
+
+    @staticmethod
+    def was_migrated(_uuid: str, _patience_s: float) -> bool:
+        return False
+
+    @staticmethod
+    def close() -> None:
+        """Nothing is open."""
+
+
+def _driver(daemon: Daemon, tmp_path: Path) -> LibvirtDriver:
+    """Not opened: the daemon has no binding."""
+    driver = LibvirtDriver(LibvirtOptions(), (daemon.path,), tmp_path)
+    (tmp_path / "vms").mkdir()
+    driver._connection = _NothingMigrates()  # type: ignore[assignment]
+    return driver
+
+
+def _view(
+    daemon: Daemon,
+    label: str = _LABEL,
+    *,
+    number: int = 7,
+    more: tuple[FoundDomain, ...] = (),
+    which: str = "all",
+) -> DomainView:
+    """What a look finds: the domain web-1."""
+    domains = [FoundDomain(name="web-1", uuid=_UUID, number=number, label=label), *more]
+    vms, passed = vms_of(domains, which)  # type: ignore[arg-type]
+    numbers = {each.uuid: each.number for each in domains}
+    plans = {
+        vm.name: LibvirtPlan(vm.name, daemon.path, "qemu:///system", vm.uuid, numbers[vm.uuid], 0, 0)
+        for vm in vms
+    }
+    memories = {vm.name: GuestMemory() for vm in vms}
+    found = {each.uuid: each for each in domains}
+    return DomainView("9.0.0", found, {vm.name: vm for vm in vms}, plans, memories, passed)
 
 
 def test_one_vm_that_shuts_down_for_an_update_hides_no_other_that_ended(tmp_path: Path) -> None:
@@ -35,3 +112,237 @@ async def test_a_daemon_is_never_asked_in_the_event_loop(monkeypatch: pytest.Mon
     assert await restarting.has_ended(LibvirtPlan("a", "/s", "qemu:///system", _UUID, 1, 0, 0))
     assert asked
     assert asked[0] is not threading.current_thread()
+
+
+@pytest.mark.parametrize(
+    ("label", "which", "others"),
+    [
+        ('<vm name="web-old" set="web" update-domian="0"/>', "all", ()),
+        ('<vm name="renamed" set="web" update-domain="0"/>', "all", ()),
+        ("", "all", ()),
+        ("", "labelled", ()),
+        (_LABEL, "all", ("web-old",)),
+    ],
+)
+async def test_a_domain_that_is_paused_keeps_its_name_and_its_way_out(
+    daemon: Daemon, tmp_path: Path, label: str, which: str, others: tuple[str, ...]
+) -> None:
+    """A label that is edited, removed or misspelt in mid-pause; another domain that takes the name."""
+    driver = _driver(daemon, tmp_path)
+    driver._take(_view(daemon))
+    assert [vm.name for vm in driver.members()] == ["web-old"]
+    driver._held.pausing("web-old", driver.plans["web-old"])
+    more = tuple(FoundDomain(name=name, uuid=_UUID.replace("7", "6"), number=9) for name in others)
+    for _ in range(2):
+        driver._take(_view(daemon, label, more=more, which=which))
+        assert [(vm.name, vm.uuid) for vm in driver.members()] == [("web-old", _UUID)]
+    daemon.answer = lambda procedure, serial, arguments: (
+        reply(procedure, serial, b"\0\0\0\1\0\0\0\1")
+        if procedure == _STATE and _RESUME in daemon.called
+        else good(procedure, serial, arguments)
+    )
+    assert await driver.resume("web-old", patient(2)) == "running"
+    assert _RESUME in daemon.called
+    await driver.release("web-old")
+    seen = _view(daemon, label, more=more, which=which)
+    driver._take(seen)
+    assert {vm.name for vm in driver.members()} == set(seen.vms), "the operation is over"
+
+
+def test_a_domain_that_was_started_again_and_is_no_vm_any_more_counts_as_ended(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    driver = _driver(daemon, tmp_path)
+    driver._take(_view(daemon))
+    driver._held.pausing("web-old", driver.plans["web-old"])
+    driver._take(_view(daemon, "", number=8, which="labelled"))
+    assert "started again" in driver.health_error("web-old")
+    driver._take(_view(daemon, "", number=-1, which="labelled"))
+    assert driver.health_error("web-old") == "its domain does not run"
+
+
+async def test_a_daemon_that_refuses_the_look_refuses_nobody_the_resume(
+    daemon: Daemon, qmp: QmpSocket, tmp_path: Path
+) -> None:
+    daemon.answer = lambda procedure, serial, arguments: (
+        reply(procedure, serial, refusal(80, "authentication unavailable"), status=1)
+        if procedure == _AUTH_LIST
+        else good(procedure, serial, arguments)
+    )
+    me = read_process(os.getpid())
+    assert me is not None
+    driver = _driver(daemon, tmp_path)
+    driver._take(_view(daemon))
+    plan = replace(driver.plans["web-old"], pid=me.pid, start_ticks=me.start_ticks, qmp=(qmp.path,))
+    driver.plans["web-old"] = plan
+    assert await driver.resume("web-old", patient(2)) == "running"
+    assert qmp.status == "running"
+
+
+async def test_who_was_paused_by_somebody_else_after_a_refused_freeze_is_left(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    """libvirt was taking a snapshot of it, and nothing was done."""
+    driver = _driver(daemon, tmp_path)
+    driver._take(_view(daemon))
+    busy = with_job(6)
+
+    def running(procedure: int, serial: int, arguments: bytes) -> bytes | None:
+        if procedure == _STATE:
+            return reply(procedure, serial, b"\0\0\0\1\0\0\0\1")
+        return busy(procedure, serial, arguments)
+
+    daemon.answer = running
+    with pytest.raises(FreezeFailed, match="snapshot") as raised:
+        await driver.freeze("web-old", time.monotonic() + patient(5))
+    assert raised.value.untouched
+    assert _SUSPEND not in daemon.called
+    daemon.answer = good
+    assert await driver.resume("web-old", 1) == "left"
+    assert "not by Caesura" in driver.why_left("web-old")
+    assert _RESUME not in daemon.called
+
+
+async def test_a_migration_that_began_before_a_refused_freeze_leaves_nothing_to_undo(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    """Its last moments are a pause of libvirt's."""
+    driver = _driver(daemon, tmp_path)
+    driver._take(_view(daemon))
+    driver._untouched.add("web-old")
+    daemon.answer = lambda procedure, serial, arguments: (
+        reply(procedure, serial, b"\0\0\0\3\0\0\0\2")
+        if procedure == _STATE
+        else good(procedure, serial, arguments)
+    )
+    assert await driver.resume("web-old", patient(1)) == "left"
+    assert driver.why_left("web-old") == "libvirt is migrating it to another host"
+    assert "web-old" not in driver._late
+
+
+async def test_a_pause_of_ours_that_came_late_is_nobody_elses(daemon: Daemon, tmp_path: Path) -> None:
+    driver = _driver(daemon, tmp_path)
+    driver._take(_view(daemon))
+    driver._late.expect(driver.plans["web-old"])
+    with pytest.raises(FreezeFailed, match="an earlier pause of it was not answered") as raised:
+        await driver.freeze("web-old", time.monotonic() + patient(5))
+    assert not raised.value.untouched
+    assert driver.why_left("web-old") == ""
+    assert "web-old" in driver._late
+    await driver._late.close()
+
+
+async def test_a_late_pause_that_was_ended_by_the_operation_is_expected_no_longer(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    """The next one is an operator's."""
+    driver = _driver(daemon, tmp_path)
+    driver._take(_view(daemon))
+    state = b"\0\0\0\1\0\0\0\1"
+    daemon.answer = lambda procedure, serial, arguments: (
+        reply(procedure, serial, state)
+        if procedure == _STATE and (_RESUME in daemon.called) is was_paused
+        else good(procedure, serial, arguments)
+    )
+    was_paused = False
+    driver._late.expect(driver.plans["web-old"])
+    assert await driver.resume("web-old", patient(2)) == "running"
+    assert "web-old" in driver._late, "it may come yet"
+    was_paused = True
+    assert await driver.resume("web-old", patient(2)) == "running"
+    assert "web-old" not in driver._late
+    await driver._late.close()
+
+
+async def test_a_binding_that_is_missing_is_told_at_the_start(tmp_path: Path) -> None:
+    driver = LibvirtDriver(LibvirtOptions(binding=str(tmp_path)), (str(tmp_path / "none"),), tmp_path)
+    with pytest.raises(NoBinding):
+        await driver.open()
+    await driver.close(stop_vms=False)
+
+
+async def test_a_look_that_breaks_is_told_and_followed_by_the_next(
+    daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = _driver(daemon, tmp_path)
+    looks = 0
+
+    async def take() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            driver._event.set()
+            raise ZeroDivisionError("a bug")
+        driver._looking.cancel()  # type: ignore[union-attr]
+
+    monkeypatch.setattr(driver._domains, "take", take)
+    driver._event.set()
+    driver._looking = asyncio.create_task(driver._look())
+    await asyncio.wait([driver._looking], timeout=patient(10))
+    assert looks == 2
+    assert "a bug" in driver.ping()
+    await driver.close(stop_vms=False)
+
+
+class _Starting:
+    """The view and the connection of a restarter: one domain, which runs as long as its process."""
+
+    def __init__(self, process: subprocess.Popen[bytes] | None) -> None:
+        self.vms = {"a": LibvirtVm(name="a", uuid=_UUID, domain_name="a")}
+        self.plans: dict[str, LibvirtPlan] = {}
+        self.said: list[str] = []
+        if process is not None:
+            found = read_process(process.pid)
+            assert found is not None
+            plan = LibvirtPlan("a", "/s", "qemu:///system", _UUID, 1, found.pid, found.start_ticks)
+            self.plans = {"a": plan}
+
+    def shut_down(self, _: str) -> None:
+        self.said.append("shutdown")
+
+    def start(self, _: str) -> None:
+        self.said.append("start")
+
+    async def look(self) -> None:
+        if "start" in self.said:
+            self.plans = {"a": LibvirtPlan("a", "/s", "qemu:///system", _UUID, 2, 0, 0)}
+
+    def restarter(self, folder: Path) -> DomainRestarter:
+        return DomainRestarter(self, lambda: self, self.look, folder)  # type: ignore[arg-type, return-value]
+
+
+@pytest.fixture
+def process() -> Iterator[subprocess.Popen[bytes]]:
+    """A domain's."""
+    made = subprocess.Popen(["sleep", "600"])
+    yield made
+    made.kill()
+    made.wait()
+
+
+@pytest.mark.parametrize("age_s", [60, 7 * 86400])
+async def test_a_domain_that_ends_long_after_it_was_asked_is_not_started_for_that(
+    tmp_path: Path, process: subprocess.Popen[bytes], age_s: int
+) -> None:
+    """Its operator shut it down, a week later."""
+    world = _Starting(process)
+    restarter = world.restarter(tmp_path)
+    with pytest.raises(ShutdownFailed):
+        await restarter.shut_down("a", time.monotonic() + 0.1)
+    assert not await restarter.start("a", time.monotonic())
+    asked_at = time.time() - age_s
+    os.utime(tmp_path / "a.shutdown", (asked_at, asked_at))
+    world.plans.clear()
+    soon = age_s < 3600
+    assert await restarter.start_ended(()) is soon
+    assert world.said == (["shutdown", "start"] if soon else ["shutdown"])
+    assert "a" not in restarter.down
+    assert not (tmp_path / "a.shutdown").exists()
+
+
+async def test_a_domain_that_was_down_already_is_started_again_after_the_update(tmp_path: Path) -> None:
+    world = _Starting(None)
+    restarter = world.restarter(tmp_path)
+    assert await restarter.shut_down("a", time.monotonic() + 5) == "itself"
+    assert await restarter.start_ended(())
+    assert world.said == ["start"]

@@ -129,6 +129,9 @@ class Driver:
     on_lost: Any = None
     state = "ready"
 
+    def pause_risk(self, _vm: str) -> str:
+        return ""
+
     def __init__(self, missing: str) -> None:
         self.missing = missing
 

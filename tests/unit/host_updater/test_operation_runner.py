@@ -191,6 +191,7 @@ class FakeGuard:
         self.change: KernelChange | None = None
         self.no_jump: Exception | None = None
         self.asked_to_leave = 0
+        self.dropped: list[str] = []
 
     async def arm(
         self,
@@ -210,6 +211,12 @@ class FakeGuard:
         self.asked_to_leave += 1
         if self.no_jump is not None:
             raise self.no_jump
+
+    async def drop(self, operation: str, vms: Sequence[str]) -> None:
+        assert operation in self.armed
+        if self.broken is not None:
+            raise self.broken
+        self.dropped += vms
 
     async def disarm(self, operation: str) -> Intent | None:
         if self.broken is not None:
@@ -773,3 +780,64 @@ async def test_states_that_cannot_be_read_keep_the_kernel(journal: JournalThread
     op = await scene.run()
     assert op.codes == ("kernel_not_ready",)
     assert "cannot be read" in op.failure
+
+
+@pytest.mark.parametrize("absent", [False, True])
+async def test_who_was_not_paused_by_it_is_told_to_the_guard_before_the_disarm(
+    journal: JournalThread, absent: bool
+) -> None:
+    """Somebody else paused it: the guard, and a later life of ours, would resume it."""
+    scene = Scene(journal, "a", "b")
+    scene.driver.broken_freezes["a"] = FreezeFailed("a", "it was paused by somebody else", untouched=True)
+    scene.driver.left["a"] = "it was paused by somebody else"
+    if absent:
+        scene.driver.on_first = lambda: setattr(scene.guard, "broken", GuardUnavailable("it has died"))
+    op = await scene.run()
+    assert scene.guard.dropped == ([] if absent else ["a"])
+    assert scene.markers.said[:2] == ["write", "remove"]
+    assert "a" not in scene.markers.marked
+    assert {vm.vm: vm.end for vm in op.vms} == {"a": "left", "b": "running"}
+
+
+async def test_a_guard_that_hangs_delays_no_resume_of_the_others(journal: JournalThread) -> None:
+    """It was asked, and waited for, before the freeze that failed was reported: the others stayed paused meanwhile."""
+    scene = Scene(journal, "a", "b")
+    scene.driver.broken_freezes["a"] = FreezeFailed("a", "it was paused by somebody else", untouched=True)
+    scene.driver.left["a"] = "it was paused by somebody else"
+    answered = asyncio.Event()
+
+    async def hang(operation: str, vms: Sequence[str]) -> None:
+        await answered.wait()
+        scene.guard.dropped += vms
+
+    disarm, disarmed = scene.guard.disarm, list[list[str]]()
+
+    async def record(operation: str) -> Intent | None:
+        disarmed.append(list(scene.guard.dropped))
+        return await disarm(operation)
+
+    resume, runs = scene.driver.resume, asyncio.Event()
+
+    async def resume_and_say(vm: str, timeout_s: float) -> Literal["running", "gone", "left"]:
+        end = await resume(vm, timeout_s)
+        if vm == "b":
+            runs.set()
+        return end
+
+    scene.guard.drop, scene.guard.disarm = hang, record  # type: ignore[method-assign]
+    scene.driver.resume = resume_and_say  # type: ignore[method-assign]
+    running = asyncio.create_task(scene.runner.run())
+    await asyncio.wait_for(runs.wait(), patient(10))
+    assert not disarmed, "a guard that is released resumes whom it still has"
+    answered.set()
+    await running
+    assert disarmed == [["a"]]
+
+
+async def test_who_was_left_is_told_to_the_guard_before_the_disarm(journal: JournalThread) -> None:
+    """As one that was paused by an I/O error in its pause, or migrated away."""
+    scene = Scene(journal, "a", "b")
+    scene.driver.on_first = lambda: scene.driver.left.update(a="libvirt is migrating it")
+    op = await scene.runner.run()
+    assert {vm.vm: vm.end for vm in op.vms} == {"a": "left", "b": "running"}
+    assert scene.guard.dropped == ["a"]

@@ -13,6 +13,7 @@ import pytest
 from caesura_host_updater import pause_markers
 from caesura_host_updater.pause_markers import NotMarked, PauseMarkers, how_to_resume
 from caesura_vmcontrol import claims, markers
+from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
 from caesura_vmcontrol.markers import Marker
 from caesura_vmcontrol.procfs import boot_id
 from caesura_vmcontrol.qemu_plans import QemuPlan, SwapPlan, Vmm
@@ -142,3 +143,16 @@ async def test_a_claim_is_a_mark_too(tmp_path: Path) -> None:
     }
     assert await kept.claimed(plans) == ["begun"]
     await kept.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "pid", "ours"), [(1, 4711, True), (1, 4712, False), (2, 0, False), (1, 0, True)]
+)
+def test_a_domain_that_was_started_again_is_not_the_one_that_was_marked(
+    tmp_path: Path, number: int, pid: int, ours: bool
+) -> None:
+    """Somebody paused it since: that is not ours to end."""
+    uuid = "783136f9-2b12-4ee3-8a40-5eee38a7cccd"
+    then = LibvirtPlan("a", "/s", "qemu:///system", uuid, 1, 4711, 7)
+    now = replace(then, number=number, pid=pid)
+    assert PauseMarkers(tmp_path).is_ours(Marker("op", boot_id(), 1.0, then), now) is ours

@@ -32,6 +32,9 @@ class Driver:
     on_lost: Any = None
     state = "ready"
 
+    def pause_risk(self, _vm: str) -> str:
+        return ""
+
     async def run(self) -> None:
         """The guard: not started."""
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import socket
 import struct
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from caesura_testing.libvirt_answers import PROGRAM, UUID, Daemon, good, refusal, reply, with_job
 from caesura_vmcontrol.libvirt_control import (
     DomainBusy,
+    domain_look,
     libvirt_condition,
     resume_domain,
-    why_not_ours,
 )
 from caesura_vmcontrol.libvirt_rpc import (
     Libvirt,
@@ -28,90 +26,6 @@ from caesura_vmcontrol.libvirt_rpc import (
 )
 from caesura_vmcontrol.plan_errors import BadPlan
 
-_UUID = "783136f9-2b12-4ee3-8a40-5eee38a7cccd"
-_PROGRAM = 0x20008086
-Answer = Callable[[int, int, bytes], bytes | None]
-"""Procedure, serial and arguments of a call to the bytes of the answer; None: the connection ends."""
-
-
-def reply(procedure: int, serial: int, body: bytes = b"", *, status: int = 0) -> bytes:
-    head = struct.pack(">IIiiII", _PROGRAM, 1, procedure, 1, serial, status)
-    return struct.pack(">I", 4 + len(head) + len(body)) + head + body
-
-
-def refusal(code: int, text: str) -> bytes:
-    data = text.encode()
-    return struct.pack(">iiII", code, 10, 1, len(data)) + data + bytes(-len(data) % 4)
-
-
-def good(procedure: int, serial: int, arguments: bytes) -> bytes | None:
-    """A daemon with one domain that is paused by a user."""
-    match procedure:
-        case 66:
-            return reply(procedure, serial, struct.pack(">Ii", 1, 0))
-        case 24:
-            body = (
-                struct.pack(">I", 5)
-                + b"web-1\0\0\0"
-                + bytes.fromhex(_UUID.replace("-", ""))
-                + struct.pack(">i", 7)
-            )
-            return reply(procedure, serial, body)
-        case 212:
-            return reply(procedure, serial, struct.pack(">ii", 3, 1))
-        case 298:
-            return reply(procedure, serial, struct.pack(">iI", 0, 0))
-        case _:
-            return reply(procedure, serial)
-
-
-def with_job(operation: int) -> Answer:
-    """As ``good``, while something is done with the domain (virDomainJobOperation)."""
-
-    def answer(procedure: int, serial: int, arguments: bytes) -> bytes | None:
-        if procedure != 298:
-            return good(procedure, serial, arguments)
-        elapsed = struct.pack(">I", 12) + b"time_elapsed" + struct.pack(">iQ", 4, 1234)
-        name = struct.pack(">I", 9) + b"operation\0\0\0" + struct.pack(">ii", 1, operation)
-        return reply(procedure, serial, struct.pack(">iI", 2, 2) + elapsed + name)
-
-    return answer
-
-
-class Daemon:
-    """Answers as a test says."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-        self.answer: Answer = good
-        self.called: list[int] = []
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(self.path)
-        self._listener.listen()
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            with suppress(OSError), connection:
-                self._talk(connection)
-
-    def _talk(self, connection: socket.socket) -> None:
-        while head := connection.recv(4, socket.MSG_WAITALL):
-            data = connection.recv(struct.unpack(">I", head)[0] - 4, socket.MSG_WAITALL)
-            _, _, procedure, _, serial, _ = struct.unpack_from(">IIiiII", data)
-            self.called.append(procedure)
-            answer = self.answer(procedure, serial, data[24:])
-            if answer is None:
-                return
-            connection.sendall(answer)
-
-    def close(self) -> None:
-        self._listener.close()
-
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[Daemon]:
@@ -121,7 +35,7 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
 
 
 def plan(daemon: Daemon, number: int = 7) -> LibvirtPlan:
-    return LibvirtPlan("web-1", daemon.path, "qemu:///system", _UUID, number, 0, 0)
+    return LibvirtPlan("web-1", daemon.path, "qemu:///system", UUID, number, 0, 0)
 
 
 def opened(daemon: Daemon, seconds: float = 5) -> Libvirt:
@@ -158,7 +72,7 @@ def test_a_domain_that_is_being_migrated_is_left_to_the_migration(daemon: Daemon
     """A resume would wait behind it and keep a worker of the daemon from others; where it arrives it is paused as it was here."""
     daemon.answer = with_job(5)
     assert libvirt_condition(plan(daemon)) == "gone"
-    assert "migrating" in why_not_ours(plan(daemon))
+    assert "migrating" in domain_look(plan(daemon)).not_ours
     resume_domain(plan(daemon))
     assert 28 not in daemon.called
 
@@ -197,7 +111,7 @@ def test_a_domain_whose_process_has_ended_is_over_though_its_id_was_given_again(
     """As by a daemon that was restarted: it counts on from the highest id that runs."""
     ended = subprocess.Popen(["true"])
     ended.wait()
-    past = LibvirtPlan("web-1", daemon.path, "qemu:///system", _UUID, 7, ended.pid, 1)
+    past = LibvirtPlan("web-1", daemon.path, "qemu:///system", UUID, 7, ended.pid, 1)
     assert libvirt_condition(past) == "gone"
     resume_domain(past)
     assert 28 not in daemon.called
@@ -264,7 +178,7 @@ def test_what_is_not_libvirt_is_noticed(daemon: Daemon, sent: bytes) -> None:
 
 def test_answers_to_others_and_events_are_passed_over(daemon: Daemon) -> None:
     def answer(procedure: int, serial: int, arguments: bytes) -> bytes | None:
-        event = struct.pack(">I", 28) + struct.pack(">IIiiII", _PROGRAM, 1, 318, 2, 0, 0)
+        event = struct.pack(">I", 28) + struct.pack(">IIiiII", PROGRAM, 1, 318, 2, 0, 0)
         return event + reply(procedure, serial + 1) + (good(procedure, serial, arguments) or b"")
 
     daemon.answer = answer
@@ -293,7 +207,7 @@ def test_a_daemon_that_drips_its_answer_holds_nobody_longer(daemon: Daemon) -> N
 )
 def test_a_plan_that_cannot_be_one_is_refused(key: str, value: object) -> None:
     fields: dict[str, object] = {
-        "vm": "a", "socket": "/s", "uri": "qemu:///system", "uuid": _UUID, "number": 1, "pid": 2, "start_ticks": 1, "qmp": (),
+        "vm": "a", "socket": "/s", "uri": "qemu:///system", "uuid": UUID, "number": 1, "pid": 2, "start_ticks": 1, "qmp": (),
     }  # fmt: skip
     LibvirtPlan(**fields)  # type: ignore[arg-type]
     with pytest.raises(BadPlan):

@@ -28,6 +28,8 @@ class World:
         self.hang = threading.Event()
         self.hang.set()
         self.refuse = ""
+        self.unreadable: set[str] = set()
+        """Those that can be released, and not be looked at while they are paused."""
         self.released: list[str] = []
         self.logged: list[tuple[str, dict[str, Any]]] = []
         self.disk: dict[str, Any] | None = None
@@ -38,6 +40,8 @@ class World:
         self.logged.append((event, facts))
 
     def look(self, plan: ResumePlan, _: Mapping[int, Process] | None) -> Condition:
+        if plan.vm in self.unreadable and self.vms[plan.vm] != "running":
+            raise PermissionError("nobody says")
         return self.vms[plan.vm]
 
     def release(self, plan: ResumePlan, _: Mapping[int, Process] | None) -> None:
@@ -188,3 +192,11 @@ def test_a_round_of_an_earlier_operation_is_not_taken_for_one_of_the_next(world:
     world.until(lambda: world.state == "fired")
     assert world.watch.disarm("op") is not None
     assert world.state == "ready"
+
+
+def test_one_that_cannot_be_looked_at_is_released_all_the_same(world: World) -> None:
+    world.unreadable = {"a", "b"}
+    world.arm()
+    world.watch.fire("test")
+    world.until(lambda: world.state == "fired")
+    assert sorted(world.released) == ["a", "b"]

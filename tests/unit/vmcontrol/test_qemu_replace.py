@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,17 @@ def test_one_that_takes_too_long_is_not(other: Other, monkeypatch: pytest.Monkey
     os.kill(pid, signal.SIGSTOP)
     ended_without(other.plan, alone=False)
     assert not alive(pid, ticks)
+
+
+def test_each_round_of_the_command_lines_has_longer_than_the_one_that_failed(other: Other) -> None:
+    """A host too busy for one length would be too busy for it for ever, with tries of several guests that end each other's."""
+    plan = replace(other.plan, argv=other.plan.argv * 2)
+    lines = len(plan.argv)
+    found = []
+    for _ in range(6 * lines):
+        found.append(qemu_replace._patience_s(plan))
+        claims.note_failure(plan.claims, "it does not answer")
+    assert found[::lines] == [3.0, 6.0, 12.0, 24.0, 48.0, 48.0]
+    assert found[: 2 * lines] == [3.0] * lines + [6.0] * lines, (
+        "the old QEMU is next to one that hangs: it waits no longer"
+    )

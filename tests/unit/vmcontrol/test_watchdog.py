@@ -341,6 +341,7 @@ class Qemu(World):
 
     def __init__(self) -> None:
         self.released: list[str] = []
+        self._looks: list[str] = []
         self.looked = threading.Event()
         self.answers = threading.Event()
         self.answers.set()
@@ -348,6 +349,7 @@ class Qemu(World):
 
     def look(self, plan: ResumePlan, table: Mapping[int, Process] | None) -> Condition:
         found = super().look(plan, table)
+        self._looks.append(plan.vm)
         if plan.vm == "a":
             self.looked.set()
             self.answers.wait(patient(20))
@@ -356,6 +358,9 @@ class Qemu(World):
     def release(self, plan: ResumePlan, table: Mapping[int, Process] | None) -> None:
         super().release(plan, table)
         self.released.append(plan.vm)
+
+    def looks_at(self, vm: str) -> int:
+        return self._looks.count(vm)
 
     def intent(self, operation: str = "op") -> Intent:
         made = super().intent(operation)
@@ -485,6 +490,55 @@ def test_the_look_of_a_disarm_is_no_decision(qemu: Qemu) -> None:
     assert "a" in qemu.released
 
 
+def test_a_disarm_that_nobody_has_answered_yet_is_no_reason_to_act(qemu: Qemu) -> None:
+    """A daemon of libvirt's that is slow needs longer for its answers than a disarm may take."""
+    qemu.watch.arm(qemu.intent())
+    qemu.answers.clear()
+    for _ in range(2):
+        with pytest.raises(GuardRefusal, match="nobody has said yet whether it runs: a"):
+            qemu.watch.disarm("op")
+    assert state(qemu) == "armed"
+    qemu.answers.set()
+    qemu.until(lambda: _is_disarmed(qemu), 0)
+    assert (qemu.released, qemu.disk) == ([], None)
+
+
+def _is_disarmed(world: World) -> bool:
+    with suppress(GuardRefusal):
+        assert world.watch.disarm("op") is None
+        return True
+    return False
+
+
+def test_a_disarm_that_nobody_answers_ends_at_the_deadline(qemu: Qemu) -> None:
+    qemu.watch.arm(qemu.intent())
+    qemu.answers.clear()
+    with pytest.raises(GuardRefusal):
+        qemu.watch.disarm("op")
+    qemu.vms["a"] = "frozen"
+    qemu.answers.set()
+    qemu.now += 10
+    qemu.until(lambda: state(qemu) == "fired", 0)
+    assert qemu.vms["a"] == "running"
+
+
+def test_vms_that_are_asked_need_not_answer_in_one_round(qemu: Qemu) -> None:
+    """Else two slow ones that take turns would keep an operation armed."""
+    intent = qemu.intent()
+    intent.plans = (*intent.plans, QemuPlan("c", Vmm(4712, 5, "/run/y")))
+    qemu.vms["c"] = "running"
+    qemu.watch.arm(intent)
+    qemu.answers.clear()
+    with pytest.raises(GuardRefusal, match=r"runs: a$"):
+        qemu.watch.disarm("op")
+    looks = qemu.looks_at("c")
+    with pytest.raises(GuardRefusal, match=r"runs: a$"):
+        qemu.watch.disarm("op")
+    assert qemu.looks_at("c") == looks
+    qemu.answers.set()
+    qemu.until(lambda: _is_disarmed(qemu), 0)
+
+
 def test_found_at_start_with_a_record_a_guest_that_is_frozen_again_is_not_at_its_end() -> None:
     world = World()
     intent = world.intent()
@@ -579,3 +633,50 @@ def test_a_rehearsal_that_arrived_waits_for_who_measures_it() -> None:
     change = KernelChange("6.1", "/carve-out", rehearsal=True, arrival=arrival)
     world.watch.adopt(Intent("rehearsal-1", "former", 0.0, 1.0, (), kernel_change=change))
     assert world.watch.state == "fired"
+
+
+def test_a_vm_that_the_operation_did_not_pause_is_left_as_it_is() -> None:
+    """Somebody else paused it: neither the disarm nor the deadline nor the updater's death resumes it."""
+    for end in ("disarm", "deadline", "death", "restart"):
+        world = World()
+        world.watch.arm(world.intent())
+        world.vms["a"] = "frozen"
+        world.watch.drop("op", ["a"])
+        assert [plan["vm"] for plan in written(world)["plans"]] == ["b"], "durably"
+        match end:
+            case "disarm":
+                assert world.watch.disarm("op") is None
+            case "deadline":
+                world.now += 11
+                world.watch.step()
+            case "death":
+                world.watch.owner_gone(dead=True)
+            case _:
+                world.watch.adopt(Intent.from_json(written(world)))
+        assert world.vms == {"a": "frozen", "b": "running"}, end
+
+
+def test_what_is_dropped_is_of_this_operation_and_before_it_fired() -> None:
+    world = World()
+    with pytest.raises(GuardRefusal, match="not armed"):
+        world.watch.drop("op", ["a"])
+    world.watch.arm(world.intent())
+    with pytest.raises(GuardRefusal, match="not armed"):
+        world.watch.drop("another", ["a"])
+    world.watch.fire("test")
+    with pytest.raises(GuardRefusal, match="fired already"):
+        world.watch.drop("op", ["a"])
+    assert [plan["vm"] for plan in written(world)["plans"]] == ["a", "b"]
+
+
+def test_a_full_disk_does_not_make_a_dropped_vm_the_operations_again() -> None:
+    """It is told: a guard that is started again would take it for one."""
+    world = World()
+    world.watch.arm(world.intent())
+    world.vms["a"] = "frozen"
+    world.full = True
+    with pytest.raises(GuardRefusal, match="not recorded"):
+        world.watch.drop("op", ["a"])
+    world.full = False
+    assert world.watch.disarm("op") is None
+    assert world.vms["a"] == "frozen"

@@ -112,7 +112,7 @@ async def mirrored(
     source = source_of(settings.fleet, HOST)
     presence = HostPresence(host=HOST, online=True, instance=new_id())
     offline = HostPresence(host=HOST, online=False, instance=presence.instance)
-    options = options_from(settings, client_id=f"rehearse-{new_id()[:8]}")
+    options = options_from(settings, client_id=f"rehearse-{new_id()[:8]}", new_id=True)
     bus = MqttBus(options, will=last_will(offline, source, host=HOST))
     mirror = Mirror(bus, source, say)
     began = datetime.now(UTC) - timedelta(seconds=simulation.now)

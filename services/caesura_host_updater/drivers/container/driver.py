@@ -95,8 +95,8 @@ class ContainerDriver:
         self._why: dict[str, str] = {}
         """Why a container does not run, or cannot be paused."""
         self._left: dict[str, str] = {}
-        self._tries = ResumeTries()
-        self._late = LatePauses(self._runs.get, "the engine")
+        self._tries: ResumeTries[Literal["running", "gone"]] = ResumeTries()
+        self._late = LatePauses(self._runs.get, "the engine", self._folder)
         self._engine_error = "it was not asked yet"
         self._engine = EngineFacts()
         self._change = asyncio.Event()
@@ -107,6 +107,7 @@ class ContainerDriver:
     async def open(self) -> None:
         """Find the containers that run, start those of the host file that do not."""
         await in_thread("state folder", lambda: self._folder.mkdir(parents=True, exist_ok=True, mode=0o700))
+        await self._late.open(EnginePlan)
         await self._ask_engine()
         await asyncio.gather(*(self._open(spec) for spec in self._specs.values()))
         self._change.clear()  # what is found at the start has not changed
@@ -198,6 +199,7 @@ class ContainerDriver:
         if self._looking is not None:
             self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
+        await self._late.close()
         for watch in self._watches.values():
             watch.close()
         self._watches.clear()
@@ -355,14 +357,17 @@ class ContainerDriver:
 
     def _freeze(self, plan: EnginePlan, by: float, stop: threading.Event) -> None:
         vm = plan.vm
-        self._late.forget(vm)
+        was_expected = self._late.forget(vm)
         try:
             pause_container(plan, by, stop, self._call)
         except PausedBefore as error:
+            if was_expected:  # it was we, and the engine had not said so
+                self._late.expect(plan)
+                raise FreezeFailed(vm, "an earlier pause of it came late") from error
             self._left[vm] = PAUSED_BEFORE
-            raise FreezeFailed(vm, PAUSED_BEFORE) from error
+            raise FreezeFailed(vm, PAUSED_BEFORE, untouched=True) from error
         except PauseUnanswered as error:
-            self._late.expect(plan.vm)
+            self._late.expect(plan)
             raise FreezeFailed(vm, str(error)) from error
         except NotFrozen as error:
             raise FreezeFailed(vm, str(error)) from error
@@ -388,12 +393,20 @@ class ContainerDriver:
             return "gone"
         until = time.monotonic() + timeout_s
         try:
-            while (state := condition(plan)) not in ("running", "gone"):
+            state = condition(plan)
+        except OSError:
+            state = "held"  # nobody says: it is resumed, which is right in every state
+        was_paused = state == "frozen"
+        try:
+            while state not in ("running", "gone"):
                 if time.monotonic() >= until:
                     raise NotRunningYet(vm, f"the kernel says {state} after {timeout_s:.2f} s")
                 resume_vm(plan)
-                if condition(plan) != "running":
+                state = condition(plan)
+                if state != "running":
                     time.sleep(_STEP_S)
         except OSError as error:
             raise NotRunningYet(vm, str(error)) from error
+        if was_paused:
+            self._late.forget(vm)
         return "running" if state == "running" and vm in self._runs else "gone"

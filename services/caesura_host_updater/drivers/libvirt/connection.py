@@ -65,6 +65,11 @@ class LibvirtConnection:
             run_events(self._libvirt)
         return self._libvirt
 
+    def load(self) -> None:
+        """Load the binding before the first connection. Raises NoBinding."""
+        with self._lock:
+            self._module()
+
     def _connection(self) -> Any:
         """Connected, with events. Raises NoBinding, LibvirtError."""
         with self._lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+import shlex
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -85,12 +86,18 @@ def read_label(text: str) -> Label:
     """Read the element.
 
     Raises:
-        BadLabel: an unknown attribute, a name or number that is not one, a set without a domain.
+        BadLabel: another element, something in it, an unknown attribute, a name or number that is not one, a set without a domain.
     """
     try:
         element = ET.fromstring(text)  # noqa: S314 - one element, which libvirt has parsed already
     except ET.ParseError as error:
         raise BadLabel(f"it is not XML: {error}") from error
+    if element.tag not in ("vm", f"{{{NAMESPACE}}}vm"):
+        raise BadLabel(f"it is an element {element.tag.removeprefix(f'{{{NAMESPACE}}}')}, not vm")
+    if inside := [child.tag.removeprefix(f"{{{NAMESPACE}}}") for child in element]:
+        raise BadLabel(f"it has elements in it: {', '.join(inside)}; what it says is in attributes")
+    if element.text and element.text.strip():
+        raise BadLabel(f"it has text in it: {element.text.strip()!r}; what it says is in attributes")
     found = dict(element.attrib)
     if unknown := sorted(set(found) - set(_LABEL_KEYS)):
         raise BadLabel(f"it has {', '.join(unknown)}; known are {', '.join(_LABEL_KEYS)}")
@@ -195,7 +202,7 @@ def _vm_of(domain: FoundDomain) -> LibvirtVm:
         try:
             label = read_label(domain.label)
         except BadLabel as error:
-            wrong = f"its label is wrong: {error}; mend it by `caesura libvirt label {domain.name} …`"
+            wrong = f"its label is wrong: {error}; mend it by `caesura libvirt label {shlex.quote(domain.name)} …`"
     return LibvirtVm(
         name=label.name or escaped(domain.name),
         set=label.set,
@@ -209,7 +216,7 @@ def _vm_of(domain: FoundDomain) -> LibvirtVm:
 
 
 def _remedy(domain: str) -> str:
-    return f"give it a name of its own: `caesura libvirt label {domain} --name NAME`"
+    return f"give it a name of its own: `caesura libvirt label {shlex.quote(domain)} --name NAME`"
 
 
 def escaped(name: str) -> str:

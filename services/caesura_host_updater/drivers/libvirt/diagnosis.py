@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,9 +18,13 @@ from caesura_host_updater.drivers.libvirt.definition import (
     vms_of,
 )
 from caesura_host_updater.drivers.libvirt.resume_paths import plan_of_domain
+from caesura_vmcontrol.bounded_calls import CallTimeout, within
 from caesura_vmcontrol.libvirt_control import libvirt_condition
 
 _RIGHTS = "put the user of host updater and guard into the group libvirt, or install deploy/polkit/50-caesura-libvirt.rules"
+
+HANGS = "systemctl restart libvirtd (or virtqemud): its domains run on"
+_ANSWER_S = 5.0  # s: for all that is asked of the daemon; it takes some 10 ms
 
 
 def sockets_of(options: LibvirtOptions, environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -40,17 +45,21 @@ def diagnose(options: LibvirtOptions, environ: Mapping[str, str]) -> Iterator[Di
             "systemctl start libvirtd (or virtqemud.socket); [libvirt] socket names another place",
         )
         return
-    connection = LibvirtConnection(options.uri, socket, options.binding, lambda: None)
     try:
-        version, domains = connection.version(), connection.domains()
+        version, domains = within(_ANSWER_S, lambda: _ask(options, socket), key=f"libvirt at {socket}")
+    except CallTimeout:
+        yield wrong(
+            "libvirt.daemon",
+            f"the daemon at {socket} does not answer within {_ANSWER_S:g} s: it hangs",
+            HANGS,
+        )
+        return
     except NoBinding as error:
         yield wrong("libvirt.binding", str(error), "apt-get install python3-libvirt")
         return
     except LibvirtError as error:
         yield wrong("libvirt.daemon", f"{socket}: {error}", _RIGHTS)
         return
-    finally:
-        connection.close()
     yield ok("libvirt.daemon", f"libvirt {version} at {socket}, {len(domains)} domains")
     vms, passed = vms_of(domains, options.domains)
     for domain, why in sorted(passed.items()):
@@ -58,6 +67,14 @@ def diagnose(options: LibvirtOptions, environ: Mapping[str, str]) -> Iterator[Di
     found = {domain.uuid: domain for domain in domains}
     for vm in vms:
         yield from _of_domain(vm, found[vm.uuid], socket, options)
+
+
+def _ask(options: LibvirtOptions, socket: str) -> tuple[str, list[FoundDomain]]:
+    connection = LibvirtConnection(options.uri, socket, options.binding, lambda: None)
+    try:
+        return connection.version(), connection.domains()
+    finally:
+        connection.close()
 
 
 def _of_domain(
@@ -71,7 +88,7 @@ def _of_domain(
         yield warning(
             "libvirt.label",
             f"{called} is in no set: nothing keeps it and its peers from being paused at once",
-            f"caesura libvirt label '{vm.domain_name}' --set SET --update-domain N",
+            f"caesura libvirt label {shlex.quote(vm.domain_name)} --set SET --update-domain N",
         )
     plan = plan_of_domain(vm, domain.number, socket, options.uri) if domain.number > 0 else None
     if plan is None:
@@ -84,7 +101,9 @@ def _of_domain(
         return
     if state == "frozen":
         yield warning(
-            "libvirt.domain", f"{called} is paused, and not by Caesura", f"virsh resume '{vm.domain_name}'"
+            "libvirt.domain",
+            f"{called} is paused, and not by Caesura",
+            f"virsh -c {options.uri} resume {shlex.quote(vm.domain_name)}",
         )
     ways = "libvirt" if not plan.qmp else f"libvirt, and {' and '.join(plan.qmp)} where that is away"
     if plan.qmp:
@@ -93,7 +112,8 @@ def _of_domain(
         yield warning(
             "libvirt.ways",
             f"{called} is resumed by libvirt alone: a daemon that dies or hangs in a pause keeps it paused",
-            "run host updater and guard as root, or give it a QMP socket of its own: docs/drivers/libvirt.md",
+            "install the drop-ins *-root.conf of deploy/systemd/libvirt, or give it a QMP socket of its own that host updater and guard may"
+            " use: docs/drivers/libvirt.md",
         )
     if domain.agent_connected:
         yield ok("libvirt.agent", f"{called} has a guest agent")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from caesura_host_updater.drivers.libvirt.connection import LibvirtConnection
 from caesura_host_updater.drivers.libvirt.definition import FoundDomain, LibvirtOptions, LibvirtVm, vms_of
@@ -57,6 +58,43 @@ def look_at_domains(
         memories,
         passed,
     )
+
+
+def keep_held(view: DomainView, before: DomainView, held: Iterable[str]) -> DomainView:
+    """VMs of an operation keep their names and plans until it is over, whatever their domains are called or labelled since.
+
+    They are found by their UUIDs. Another domain that takes the name of one waits.
+    """
+    kept = {name: before.vms[name] for name in held if name in before.vms}
+    uuids = {vm.uuid for vm in kept.values()}
+    own = {vm.uuid: name for name, vm in view.vms.items() if vm.uuid in uuids}
+    others = [name for name, vm in view.vms.items() if vm.uuid not in uuids and name not in kept]
+    vms = {name: view.vms[name] for name in others}
+    plans = {name: view.plans[name] for name in others if name in view.plans}
+    memories = {name: view.memories[name] for name in others if name in view.memories}
+    passed = dict(view.passed)
+    for name, vm in kept.items():
+        passed.pop(vm.domain_name, None)
+        now = own.get(vm.uuid, name)
+        vms[name] = view.vms[name] if own.get(vm.uuid) == name else vm
+        plan = view.plans.get(now) if vm.uuid in own else _living(before.plans.get(name), view)
+        if plan is not None:
+            plans[name] = replace(plan, vm=name)
+            memories[name] = view.memories.get(now) or before.memories.get(name) or GuestMemory()
+        usurper = view.vms.get(name)
+        if usurper is not None and usurper.uuid != vm.uuid:
+            passed[usurper.domain_name] = f"a VM of an operation under way is called {name}"
+    return replace(view, vms=vms, plans=plans, memories=memories, passed=passed)
+
+
+def _living(plan: LibvirtPlan | None, view: DomainView) -> LibvirtPlan | None:
+    """The plan of a domain that is not found as a VM, if it runs; its next life is another one."""
+    found = view.found.get(plan.uuid) if plan is not None else None
+    if plan is None or found is None or found.number <= 0:
+        return None
+    if alive(plan.pid, plan.start_ticks) if plan.pid else plan.number == found.number:
+        return plan
+    return replace(plan, number=found.number, pid=0, start_ticks=0, qmp=())
 
 
 def _plan_of(vm: LibvirtVm, number: int, socket: str, uri: str, before: DomainView) -> LibvirtPlan | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -23,13 +22,22 @@ from caesura_host_updater.drivers.clock_setting import set_clock
 from caesura_host_updater.drivers.found_vms import SingleLook, VmsOfOperation, log_members, log_passed
 from caesura_host_updater.drivers.guest_agent import read_boot_id
 from caesura_host_updater.drivers.libvirt.agent import libvirt_agent
+from caesura_host_updater.drivers.libvirt.binding import NoBinding
 from caesura_host_updater.drivers.libvirt.connection import LibvirtConnection, existing_socket
 from caesura_host_updater.drivers.libvirt.definition import LibvirtOptions, LibvirtVm
-from caesura_host_updater.drivers.libvirt.domain_view import DomainView, look_at_domains
+from caesura_host_updater.drivers.libvirt.domain_view import DomainView, keep_held, look_at_domains
 from caesura_host_updater.drivers.libvirt.guest_memory import (
     GuestMemory,
     memory_digest_of,
     sampled_memory_of,
+)
+from caesura_host_updater.drivers.libvirt.pausing import (
+    End,
+    ResumeResult,
+    SuspendedBefore,
+    SuspendUnanswered,
+    pause_domain,
+    resume_until,
 )
 from caesura_host_updater.drivers.libvirt.restarting import DomainRestarter
 from caesura_host_updater.drivers.libvirt.resume_paths import is_same_life
@@ -39,27 +47,21 @@ from caesura_host_updater.drivers.port import (
     DriverError,
     FreezeFailed,
     NotPossible,
-    NotRunningYet,
 )
 from caesura_host_updater.drivers.remote_pauses import LatePauses, ResumeTries
 from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.libvirt_control import (
     MIGRATES,
     DomainLook,
-    DomainNotPaused,
-    DomainPausedBefore,
+    is_settled,
     look_at,
-    suspend_domain,
-    why_not_ours,
 )
-from caesura_vmcontrol.libvirt_rpc import LibvirtPlan, LibvirtSilent
+from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
 from caesura_vmcontrol.procfs import alive
-from caesura_vmcontrol.vm_control import condition, resume_vm
 
 _LOOK_S = 5.0  # s: between two looks without an event
 _ASK_S = 5.0  # s: for a list of the domains; it takes milliseconds
 _SETTLE_S = 0.02  # s: events of one change come together
-_STEP_S = 0.005  # s: between two looks at a domain that is to be paused or to run
 _ENDING_S = 3.0  # s: from the end of a process until libvirt tells why; some milliseconds are usual, it cleans up first
 _STATES: dict[Condition, VmState] = {
     "running": "running",
@@ -73,17 +75,17 @@ _MISSING: Mapping[str, str] = {
     "kexec": "its QEMU process belongs to libvirt: it cannot be started again by the next kernel",
 }
 _NOTHING_BUT_THE_DAEMON = (
-    "only libvirt's daemon can resume it: while that hangs or is away the VM stays paused, beyond its budget if need be. Run host"
-    " updater and pause guard as root, or give the domain a QMP socket of its own"
+    "only libvirt's daemon can resume it: while that hangs or is away the VM stays paused, beyond its budget if need be. Give"
+    " host updater and pause guard the drop-ins `*-root.conf` of deploy/systemd/libvirt, or the domain a QMP socket of its own that"
+    " both may use: docs/drivers/libvirt.md"
 )
 _NOT_PAST_A_HANG = (
     "a daemon of libvirt's that hangs (not: one that is dead) keeps it paused, beyond its budget if need be: a QMP socket of the"
-    " domain's own helps"
+    " domain's own helps (docs/drivers/libvirt.md)"
 )
 _STARTED_AGAIN = "it was started again in its pause: what its memory held is lost"
 _MIGRATED = "it was migrated to another host in its pause, and is paused there as it was here: there, `virsh resume {}`"
 _MIGRATING = f"{MIGRATES}, where it is paused as it was here: there, `virsh resume {{}}`; if the migration fails, it is resumed here"
-_PAUSED_BEFORE = "it was paused by somebody else before anything was done: resume it with `virsh resume`"
 
 _log = get_logger("caesura.driver")
 
@@ -115,8 +117,10 @@ class LibvirtDriver:
         self._seen = DomainView()
         self._held: VmsOfOperation[LibvirtPlan] = VmsOfOperation(is_same_life)
         self._left: dict[str, str] = {}
-        self._late = LatePauses(self._plan, "libvirt")
-        self._tries = ResumeTries()
+        self._untouched: set[str] = set()
+        """VMs that were to be paused, and to which nothing was done: if one is paused now, somebody else paused it."""
+        self._late = LatePauses(self._plan, "libvirt", self._folder, is_same_life, is_settled)
+        self._tries: ResumeTries[ResumeResult] = ResumeTries()
         self._error = "libvirt was not asked yet"
         self._domains = SingleLook(self._ask, _ASK_S, self._silent)
         self._restarter = DomainRestarter(self, self._connected, self._domains.take, self._folder)
@@ -141,6 +145,8 @@ class LibvirtDriver:
                 loop.call_soon_threadsafe(self._event.set)
 
         self._connection = LibvirtConnection(self._options.uri, self._socket, self._options.binding, changed)
+        await in_thread("binding", self._connection.load)
+        await self._late.open(LibvirtPlan)
         await self._domains.take()
         await self._restarter.open()
         self._change.clear()  # what is found at the start has not changed
@@ -156,6 +162,7 @@ class LibvirtDriver:
         if self._looking is not None:
             self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
+        await self._late.close()
         if self._connection is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
@@ -169,11 +176,15 @@ class LibvirtDriver:
             await asyncio.sleep(_SETTLE_S)
             told = self._event.is_set()
             self._event.clear()
-            await self._domains.take()
-            # Not every event changes what the view holds: that a domain is paused is read when it is published.
-            if await self._restarter.start_ended(self._held) or told:
-                self._change.set()
-            await self._late.undo()
+            # A look may take long, and who was paused late is not to wait for it.
+            looks = asyncio.gather(self._late.undo(), self._domains.take())
+            try:
+                await looks
+                # Not every event changes what the view holds: that a domain is paused is read when it is published.
+                if await self._restarter.start_ended(self._held) or told:
+                    self._change.set()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the domains are looked at again
+                self._failed(f"the domains cannot be looked at: {error!r}")
 
     def _silent(self) -> None:
         self._failed(f"libvirt at {self._socket} does not answer within {_ASK_S:g} s")
@@ -184,7 +195,7 @@ class LibvirtDriver:
         ask = partial(look_at_domains, connection, self._options, self._socket, self._seen)
         try:
             view = await in_thread("domains", ask)
-        except OSError as error:
+        except (OSError, NoBinding) as error:
             self._seen = replace(self._seen, version="")  # it may be another one when it answers again
             self._failed(str(error))
         else:
@@ -197,15 +208,13 @@ class LibvirtDriver:
             self._change.set()
 
     def _take(self, view: DomainView) -> None:
-        members = dict(view.vms)
-        for name in self.vms.keys() & set(self._held) - members.keys():
-            members[name] = self.vms[name]
-        if self._error or (members, view) != (self.vms, self._seen):
+        view = keep_held(view, self._seen, self._held)
+        if self._error or view != self._seen:
             self._change.set()
-        log_members(_called(self.vms), _called(members), "it was undefined, or migrated away")
+        log_members(_called(self.vms), _called(view.vms), "it was undefined, or migrated away")
         log_passed(self._seen.passed, view.passed)
         self._left = {vm: why for vm, why in self._left.items() if vm in view.plans or vm in self._held}
-        self._seen, self.vms, self.plans, self._error = view, members, view.plans, ""
+        self._seen, self.vms, self.plans, self._error = view, view.vms, view.plans, ""
 
     def members(self) -> tuple[LibvirtVm, ...]:
         """The VMs that there are now."""
@@ -327,6 +336,7 @@ class LibvirtDriver:
 
     async def release(self, vm: str) -> None:
         """Nothing was prepared."""
+        self._untouched.discard(vm)
         if self._held.remove(vm):
             self._event.set()
 
@@ -348,37 +358,38 @@ class LibvirtDriver:
         if spec.label_error:
             raise FreezeFailed(vm, spec.label_error)
         self._left.pop(vm, None)
+        self._untouched.add(vm)
         self._held.pausing(vm, plan)
         await in_thread_to_its_end(f"freeze {vm}", lambda stop: self._freeze(plan, by, stop))
 
     def _freeze(self, plan: LibvirtPlan, by: float, stop: threading.Event) -> None:
         vm = plan.vm
-        self._late.forget(vm)
-        if stop.is_set() or time.monotonic() >= by:
-            raise FreezeFailed(vm, "it was too late to freeze it")
+        was_expected = self._late.forget(vm)
         try:
-            suspend_domain(plan, by)
-        except DomainPausedBefore as error:
-            self._left[vm] = f"{_PAUSED_BEFORE}; {error}"
-            raise FreezeFailed(vm, self._left[vm]) from error
-        except LibvirtSilent as error:
-            self._late.expect(vm)
-            raise FreezeFailed(vm, f"{error}; if it is paused later it is resumed at once") from error
-        except (DomainNotPaused, OSError) as error:
-            raise FreezeFailed(vm, str(error)) from error
-        while (state := self._state(plan)) != "frozen":
-            if state == "gone":
-                raise FreezeFailed(vm, "ended while it was being frozen, or was paused by something else")
-            if stop.is_set() or time.monotonic() >= by:
-                raise FreezeFailed(vm, f"is not paused in time: libvirt says {state}")
-            time.sleep(_STEP_S)
+            self._pause(plan, by, stop)
+        except FreezeFailed as error:
+            if not was_expected or not error.untouched:
+                raise
+            # Our earlier pause, which was not answered, may be what was found, or may come yet.
+            self._untouched.discard(vm)
+            self._left.pop(vm, None)
+            self._late.expect(plan)
+            raise FreezeFailed(vm, f"{error.why}; an earlier pause of it was not answered") from error
 
-    @staticmethod
-    def _state(plan: LibvirtPlan) -> Condition:
+    def _pause(self, plan: LibvirtPlan, by: float, stop: threading.Event) -> None:
+        untouched = False
         try:
-            return condition(plan)
-        except OSError as error:
-            raise FreezeFailed(plan.vm, str(error)) from error
+            pause_domain(plan, by, stop)
+        except FreezeFailed as error:
+            untouched = error.untouched
+            if isinstance(error, SuspendedBefore):
+                self._left[plan.vm] = error.why
+            if isinstance(error, SuspendUnanswered):
+                self._late.expect(plan)
+            raise
+        finally:
+            if not untouched:
+                self._untouched.discard(plan.vm)
 
     def why_left(self, vm: str) -> str:
         """Who has paused it."""
@@ -390,39 +401,24 @@ class LibvirtDriver:
             return "left"
         if self._held.was_started_again(vm, self.plans.get(vm)):
             return "gone"
-        result = await self._tries.resume(
-            vm, timeout_s, lambda: self._resume(vm, timeout_s), "libvirt has not resumed it"
-        )
-        if result == "gone" and vm in self._held and vm not in self._left and await self._was_migrated(vm):
-            self._left[vm] = _MIGRATED.format(self.vms[vm].domain_name)
-        return "left" if vm in self._left else result
-
-    def _resume(self, vm: str, timeout_s: float) -> Literal["running", "gone"]:
         plan = self.plans.get(vm)
-        if plan is None:
-            return "gone"
-        until = time.monotonic() + timeout_s
+        end: End = "gone"
         why = ""
-        while True:
-            try:
-                state = condition(plan)
-                if state in ("running", "gone"):
-                    break
-                resume_vm(plan)
-            except OSError as error:
-                state, why = "held", str(error)
-            if time.monotonic() >= until:
-                raise NotRunningYet(vm, why or f"libvirt says {state} after {timeout_s:.2f} s")
-            time.sleep(_STEP_S)
-        if state == "running":
-            return "running"
-        with suppress(OSError):
-            if theirs := why_not_ours(plan):
-                self._left[vm] = theirs
-                if theirs == MIGRATES:
-                    self._left[vm] = _MIGRATING.format(self.vms[vm].domain_name)
-                    self._late.expect(vm)
-        return "gone"
+        if plan is not None:
+            ours = vm not in self._untouched
+            work = partial(resume_until, plan, timeout_s, ours=ours)
+            result = await self._tries.resume(vm, timeout_s, work, "libvirt has not resumed it")
+            end, why = result.end, result.why_left
+            if result.was_paused and end == "running":
+                await in_thread(f"late pause of {vm}", partial(self._late.forget, vm))
+        if end == "gone" and vm in self._held and await self._was_migrated(vm):
+            end, why = "left", _MIGRATED.format(self.vms[vm].domain_name)
+        elif end == "left" and why == MIGRATES and plan is not None and vm not in self._untouched:
+            why = _MIGRATING.format(self.vms[vm].domain_name)
+            self._late.expect(plan)
+        if end == "left":
+            self._left[vm] = why
+        return end
 
     # -- shutting down ------------------------------------------------------------------------------------
 

@@ -71,10 +71,13 @@ class DomainRestarter:
         if spec is None:
             raise ShutdownFailed(vm, "there is no such domain any more")
         self.down.add(vm)
+        try:
+            await in_thread("shutdown request", partial(self._requests.note, vm))
+        except OSError as error:
+            raise ShutdownFailed(vm, f"that it is asked cannot be noted: {error}") from error
         if plan is None:
             return "itself"
         try:
-            await in_thread("shutdown request", partial(self._requests.note, vm))
             async with asyncio.timeout(max(by - time.monotonic(), 0.01)):
                 await in_thread(f"shut down {vm}", partial(self._connected().shut_down, spec.uuid))
         except (OSError, TimeoutError) as error:
@@ -122,6 +125,11 @@ class DomainRestarter:
         started = False
         for vm in self.down.difference(of_operation):
             if vm in self._domains.vms and vm not in self._domains.plans:
+                if not await in_thread("shutdown request", partial(self._requests.left_s, vm)):
+                    # It ended long after it was asked: that was somebody else's wish.
+                    self.down.discard(vm)
+                    await in_thread("shutdown request", partial(self._requests.forget, vm))
+                    continue
                 with suppress(DriverError):
                     await self._start(vm)
                     started = True

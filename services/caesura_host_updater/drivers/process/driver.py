@@ -94,7 +94,7 @@ class ProcessDriver:
         """VMs of whose processes some have failed, and which; as last looked."""
         self._table: tuple[float, Mapping[int, Process]] = (0.0, {})
         self._table_turn = threading.Lock()
-        self._tries = ResumeTries()
+        self._tries: ResumeTries[Literal["running", "gone"]] = ResumeTries()
         """Tries that wait for the kernel."""
         self._readers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="digest")
 

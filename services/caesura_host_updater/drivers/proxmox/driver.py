@@ -371,13 +371,13 @@ class ProxmoxDriver:
     def _freeze(self, plan: QemuPlan, vmid: int, by: float, stop: threading.Event) -> None:
         vm = plan.vm
         if why := self._not_now(vmid, by):
-            raise FreezeFailed(vm, why)
+            raise FreezeFailed(vm, why, untouched=True)
         try:
             stop_guest(plan, by, stop.is_set)
         except GuestPausedBefore as error:
-            raise _FrozenBefore(vm, f"{error}: {_REMEDY.format(vmid)}") from error
+            raise _FrozenBefore(vm, f"{error}: {_REMEDY.format(vmid)}", untouched=True) from error
         except GuestNotStopped as error:
-            raise FreezeFailed(vm, str(error)) from error
+            raise FreezeFailed(vm, str(error), untouched=True) from error
         except ProcessGone as error:
             raise FreezeFailed(vm, "ended while it was being frozen") from error
         except OSError as error:

@@ -18,6 +18,7 @@ from caesura.conformance.patience import patient
 class BusFaults:
     """What a bus does when its broker, its connection or its handler fails."""
 
+    @requires(BrokerCapabilities.SERVE_AFTER_A_KILL)
     async def test_after_the_broker_was_killed_everything_is_subscribed_and_greeted_again(
         self,
         harness: BusHarness,

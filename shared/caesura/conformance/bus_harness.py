@@ -26,6 +26,8 @@ class BrokerCapabilities(Enum):
     SAY_REFUSED = auto()
     TAKE_OVER = auto()
     QOS_0 = auto()
+    SERVE_AFTER_A_KILL = auto()
+    """After all of it was killed at once it serves again as soon as it runs."""
     RETAIN = auto()
     """The newest retained message of a topic reaches every later subscriber, at any node and by any filter."""
 

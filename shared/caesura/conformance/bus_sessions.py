@@ -36,7 +36,11 @@ class HeldCommits:
 class BusSessions:
     """What outlives a connection, and how one ends."""
 
-    @requires(BrokerCapabilities.KEEP_OVER_A_KILL, BrokerCapabilities.RETAIN)
+    @requires(
+        BrokerCapabilities.SERVE_AFTER_A_KILL,
+        BrokerCapabilities.KEEP_OVER_A_KILL,
+        BrokerCapabilities.RETAIN,
+    )
     async def test_retained_messages_outlive_a_killed_broker(self, harness: BusHarness) -> None:
         sender = await harness.bus("sender")
         async with running(sender):

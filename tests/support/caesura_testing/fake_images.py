@@ -57,12 +57,14 @@ _DATABASE_PACKAGE = "postgresql-15"
 _NOT_NEEDED = ("libc6", "libc-bin", "libllvm", "libperl", "libz3", "locales", "perl")
 """Packages that the database's depends on, and that are in the base or of no use there, by the beginnings of their names."""
 _DATABASE_FILES = ("lib/postgresql", "lib/x86_64-linux-gnu", "share/postgresql", "share/zoneinfo")
+# 3777, as in the image: an engine may give a tmpfs the mode of the folder that is below it.
 _DATABASE_RECIPE = r"""
     COPY usr /usr
     COPY entrypoint /usr/local/bin/docker-entrypoint.sh
     RUN ldconfig && groupadd -o --gid 999 postgres && \
         useradd -o --no-create-home --uid 999 --gid 999 --home-dir /var/lib/postgresql postgres && \
-        install -d -o 999 -g 999 /var/run/postgresql /var/lib/postgresql && install -d -m 700 -o 999 -g 999 /var/lib/postgresql/data
+        install -d -m 3777 -o 999 -g 999 /var/run/postgresql && \
+        install -d -o 999 -g 999 /var/lib/postgresql && install -d -m 700 -o 999 -g 999 /var/lib/postgresql/data
     ENV PATH=/usr/lib/postgresql/15/bin:/usr/local/bin:/usr/bin:/bin LANG=C.UTF-8 PGDATA=/var/lib/postgresql/data
     VOLUME ["/var/lib/postgresql/data"]
     STOPSIGNAL SIGINT

@@ -345,9 +345,9 @@ async def _roll(world: World, sandbox: Sandbox, folder: Path, *, kills: bool) ->
         async with asyncio.timeout(_READY_S):
             await world.standby.wait()
     used, took_over_s = Used(), []
+    await _quiet(f"{sandbox.folder}/one.health")
     for process in sandbox.running.values():
         used.begin(process.pid)
-    await _quiet(f"{sandbox.folder}/one.health")
     steps = folder / "steps"
     steps.unlink(missing_ok=True)
     before = await _messages(f"{sandbox.folder}/one.health")

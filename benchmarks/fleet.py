@@ -402,6 +402,13 @@ exit codes: 0 all targets were met, 1 one was missed, 2 bad usage""",
         default=200,
         help="with --mosquitto: connections that carry the hosts and agents (%(default)s)",
     )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        metavar="SECONDS",
+        default=3600.0,
+        help="with --mosquitto: give up after so long (%(default)s)",
+    )
     parser.add_argument("--no-verdict", action="store_true", help="do not time the verdict")
     parser.add_argument(
         "--profile", action="store_true", help="print where the time goes; times are larger then"
@@ -479,7 +486,13 @@ def _on_mosquitto(options: argparse.Namespace) -> int:
     sets = max(1, vms // options.per_set)
     told = asyncio.run(
         measure_on_broker(
-            vms, sets, options.domains, hosts, connections=options.connections, kills=options.kill
+            vms,
+            sets,
+            options.domains,
+            hosts,
+            connections=options.connections,
+            kills=options.kill,
+            limit_s=options.limit,
         )
     )
     if options.json:

@@ -280,7 +280,8 @@ class World:
     def _store(self) -> tuple[CoordinatorStore, SharedStore | None]:
         if not self.store_url:
             return CoordinatorStore(str(self.folder / "coordinator.sqlite")), None
-        from caesura.runtime.postgresql import PostgresOptions, PostgresRows  # noqa: PLC0415 - an extra
+        from caesura.runtime.postgresql import PostgresRows  # noqa: PLC0415 - an extra
+        from caesura.runtime.postgresql_options import PostgresOptions  # noqa: PLC0415 - an extra
 
         store, copy = working_copy()
         options = PostgresOptions(url=self.store_url, fleet="default", name="c", lease_s=60.0)

@@ -95,7 +95,7 @@ def status(broker: str | None, *, as_json: bool) -> None:
 def _role(coordinator: m.CoordinatorStatus, epoch: int) -> str:
     """What one of several coordinators does, in words; ``epoch``: of the one that leads."""
     if coordinator.leads and coordinator.epoch < epoch:  # it was killed: nobody takes back what it said last
-        return f"led with epoch {coordinator.epoch}, nothing was heard of it since"
+        return f"led with epoch {coordinator.epoch}, it has sent nothing since"
     role = "leads" if coordinator.leads else "stands by" if coordinator.online else "OFFLINE"
     if not coordinator.waits_for:
         return role

@@ -67,7 +67,7 @@ def test_a_leader_is_killed_and_the_other_continues_its_rollout(fleet: Fleet) ->
 
     shown = project.run("run", "--rm", "-T", "caesura", "status").out
     assert f"{other}: leads" in shown
-    assert f"{leader}: led with epoch {epoch}, nothing was heard of it since" in shown
+    assert f"{leader}: led with epoch {epoch}, it has sent nothing since" in shown
     project.run(*_PROFILE, "up", "-d", "--no-deps", leader)
     until(lambda: _both(fleet), 60.0, lambda: f"{leader} stands by: {_status(fleet)}")
     assert _leader(fleet) == other

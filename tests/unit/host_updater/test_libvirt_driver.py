@@ -33,7 +33,7 @@ from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
 from caesura_vmcontrol.procfs import read_process
 
 _LABEL = '<vm name="web-old" set="web" update-domain="0"/>'
-_JOB, _STATE, _RESUME, _SUSPEND, _AUTH_LIST = 298, 212, 28, 34, 66
+_JOB, _STATE, _RESUME, _SUSPEND, _AUTH_LIST, _LOOKUP = 298, 212, 28, 34, 66, 24
 
 
 @pytest.fixture
@@ -175,6 +175,31 @@ async def test_a_daemon_that_refuses_the_look_refuses_nobody_the_resume(
     driver._take(_view(daemon))
     plan = replace(driver.plans["web-old"], pid=me.pid, start_ticks=me.start_ticks, qmp=(qmp.path,))
     driver.plans["web-old"] = plan
+    assert await driver.resume("web-old", patient(2)) == "running"
+    assert qmp.status == "running"
+
+
+@pytest.mark.parametrize("listed", [True, False])
+async def test_a_domain_that_the_daemon_has_lost_keeps_its_way_out(
+    daemon: Daemon, qmp: QmpSocket, tmp_path: Path, listed: bool
+) -> None:
+    """It is listed as off, or no more; its process lives, and is paused."""
+    me = read_process(os.getpid())
+    assert me is not None
+    driver = _driver(daemon, tmp_path)
+    seen = _view(daemon)
+    plan = replace(seen.plans["web-old"], pid=me.pid, start_ticks=me.start_ticks, qmp=(qmp.path,))
+    driver._take(replace(seen, plans={"web-old": plan}))
+    driver._held.pausing("web-old", plan)
+    daemon.answer = lambda procedure, serial, arguments: (
+        reply(procedure, serial, refusal(42, "Domain not found"), status=1)
+        if procedure == _LOOKUP
+        else good(procedure, serial, arguments)
+    )
+    off = {_UUID: FoundDomain(name="web-1", uuid=_UUID, number=-1, label=_LABEL)}
+    lost = replace(seen, found=off, plans={}) if listed else DomainView("9.0.0")
+    for _ in range(2):
+        driver._take(lost)
     assert await driver.resume("web-old", patient(2)) == "running"
     assert qmp.status == "running"
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+import struct
 import subprocess
 import threading
 import time
@@ -371,3 +373,47 @@ async def test_a_domain_that_was_down_already_is_started_again_after_the_update(
     assert await restarter.shut_down("a", time.monotonic() + 5) == "itself"
     assert await restarter.start_ended(())
     assert world.said == ["start"]
+
+
+# -- a daemon that does not answer in a freeze ------------------------------------------------------------------
+
+
+class _Suspending:
+    """A daemon whose domain runs until it is suspended; its first answers about the state after that are refusals."""
+
+    def __init__(self, refusals: float) -> None:
+        self._refusals = refusals
+        self._state = 1
+
+    def __call__(self, procedure: int, serial: int, arguments: bytes) -> bytes | None:
+        if procedure == _SUSPEND:
+            self._state = 3
+        if procedure != _STATE:
+            return good(procedure, serial, arguments)
+        if self._state == 3 and self._refusals > 0:
+            self._refusals -= 1
+            return reply(procedure, serial, refusal(38, "busy"), status=1)
+        return reply(procedure, serial, struct.pack(">ii", self._state, 1))
+
+
+async def test_a_look_that_fails_after_the_suspend_is_followed_by_the_next(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    driver = _driver(daemon, tmp_path)
+    driver._take(_view(daemon))
+    daemon.answer = _Suspending(2)
+    await driver.freeze("web-old", time.monotonic() + patient(20))
+    daemon.answer = good
+    assert (await driver.read_states())["web-old"] == "paused"
+
+
+async def test_a_pause_that_nobody_confirms_is_none_when_its_time_is_over(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    driver = _driver(daemon, tmp_path)
+    driver._take(_view(daemon))
+    daemon.answer = _Suspending(math.inf)
+    with pytest.raises(FreezeFailed, match="is not paused in time: libvirt says: busy") as raised:
+        await driver.freeze("web-old", time.monotonic() + patient(0.5))
+    assert _SUSPEND in daemon.called
+    assert not raised.value.untouched

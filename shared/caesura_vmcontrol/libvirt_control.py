@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from caesura_vmcontrol import libvirt_rpc
 from caesura_vmcontrol.freezer_control import Condition
-from caesura_vmcontrol.libvirt_rpc import Domain, Libvirt, LibvirtPlan, LibvirtRefused, LibvirtSilent
+from caesura_vmcontrol.libvirt_rpc import Domain, Libvirt, LibvirtPlan, LibvirtRefused
 from caesura_vmcontrol.process_control import is_held
 from caesura_vmcontrol.procfs import alive
 from caesura_vmcontrol.qmp_commands import (
@@ -185,21 +185,29 @@ def suspend_domain(plan: LibvirtPlan, until: float) -> None:
     Whether something is done with it that takes long is asked before and after: a migration shall not find it paused, and leave it so.
 
     Raises:
-        DomainPausedBefore, DomainNotPaused: nothing was done: it did not run, or libvirt does something with it.
+        DomainPausedBefore, DomainNotPaused: nothing was done: it did not run, libvirt does something with it, or the daemon did not
+            help before it was asked for the pause.
         DomainTaken: it was paused in the moment in which that began.
         LibvirtSilent: it may be paused later.
-        OSError: it was not paused.
+        OSError: it was asked for, and was not shown to be paused.
     """
     try:
         connection = Libvirt(plan.socket, plan.uri, until)
-    except LibvirtSilent as error:
+    except OSError as error:
         raise DomainNotPaused(str(error)) from error
     with connection as daemon:
         try:
             domain = _suspendable(daemon, plan)
-        except LibvirtSilent as error:
+        except DomainNotPaused:
+            raise
+        except OSError as error:
             raise DomainNotPaused(str(error)) from error
-        daemon.suspend(domain)
+        try:
+            daemon.suspend(domain)
+        except OSError as error:
+            if daemon.sent:
+                raise
+            raise DomainNotPaused(str(error)) from error
         try:
             job = _job(daemon, domain)
         except OSError as error:

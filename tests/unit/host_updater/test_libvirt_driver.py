@@ -29,7 +29,7 @@ from caesura_host_updater.drivers.libvirt.guest_memory import GuestMemory
 from caesura_host_updater.drivers.libvirt.restarting import DomainRestarter
 from caesura_host_updater.drivers.port import FreezeFailed, ShutdownFailed
 from caesura_testing.libvirt_answers import UUID as _UUID
-from caesura_testing.libvirt_answers import Daemon, QmpSocket, good, refusal, reply, with_job
+from caesura_testing.libvirt_answers import Answer, Daemon, QmpSocket, good, refusal, reply, with_job
 from caesura_testing.patience import patient
 from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
 from caesura_vmcontrol.procfs import read_process
@@ -417,3 +417,62 @@ async def test_a_pause_that_nobody_confirms_is_none_when_its_time_is_over(
         await driver.freeze("web-old", time.monotonic() + patient(0.5))
     assert _SUSPEND in daemon.called
     assert not raised.value.untouched
+
+
+def _ending(procedure: int, serial: int, arguments: bytes) -> bytes | None:
+    """A daemon that is dead."""
+    return None
+
+
+def _refusing(procedure: int, serial: int, _: bytes) -> bytes | None:
+    """polkit is away."""
+    return reply(procedure, serial, refusal(88, "no polkit agent"), status=1)
+
+
+@pytest.mark.parametrize("answer", [_ending, _refusing])
+async def test_a_freeze_that_failed_before_the_suspend_leaves_what_its_operator_had_paused(
+    daemon: Daemon, tmp_path: Path, answer: Answer
+) -> None:
+    driver = _driver(daemon, tmp_path)
+    driver._take(_view(daemon))
+    daemon.answer = answer
+    with pytest.raises(FreezeFailed) as raised:
+        await driver.freeze("web-old", time.monotonic() + patient(5))
+    assert raised.value.untouched
+    assert await driver.resume("web-old", patient(1)) == "left"
+    assert "nothing was done to it" in driver.why_left("web-old")
+    daemon.answer = good
+    assert await driver.resume("web-old", patient(1)) == "left"
+    assert not {_SUSPEND, _RESUME} & set(daemon.called)
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_label_that_was_misspelt_since_the_plan_has_the_freeze_refused_and_nothing_done(
+    daemon: Daemon, tmp_path: Path, late: bool
+) -> None:
+    """``late``: an earlier pause of ours was not answered, and may be what is found."""
+    driver = _driver(daemon, tmp_path)
+    driver._take(_view(daemon, ""))
+    driver._held.add("web-1")
+    driver._take(_view(daemon, '<vm sett="x"/>'))
+    if late:
+        driver._late.expect(driver.plans["web-1"])
+    with pytest.raises(FreezeFailed, match="sett") as raised:
+        await driver.freeze("web-1", time.monotonic() + patient(5))
+    assert raised.value.untouched is not late
+    assert ("web-1" in driver._late) is late
+    if not late:
+        assert await driver.resume("web-1", patient(1)) == "left"
+    assert not {_SUSPEND, _RESUME} & set(daemon.called)
+    await driver._late.close()
+
+
+async def test_a_domain_that_does_not_run_is_not_touched(daemon: Daemon, tmp_path: Path) -> None:
+    driver = _driver(daemon, tmp_path)
+    driver._take(replace(_view(daemon), plans={}))
+    with pytest.raises(FreezeFailed, match="is not running") as raised:
+        await driver.freeze("web-old", time.monotonic() + patient(5))
+    assert raised.value.untouched
+    driver._take(_view(daemon))
+    assert await driver.resume("web-old", patient(1)) == "left", "its operator started and paused it"
+    assert _RESUME not in daemon.called

@@ -27,7 +27,14 @@ from caesura_vmcontrol.libvirt_control import (
     suspend_domain,
     unusable_sockets,
 )
-from caesura_vmcontrol.libvirt_rpc import LibvirtPlan, LibvirtRefused, LibvirtSilent
+from caesura_vmcontrol.libvirt_rpc import (
+    NO_JOB,
+    Libvirt,
+    LibvirtGone,
+    LibvirtPlan,
+    LibvirtRefused,
+    LibvirtSilent,
+)
 from caesura_vmcontrol.procfs import read_process
 from caesura_vmcontrol.watchdog import Watchdog
 
@@ -263,6 +270,55 @@ def test_a_suspend_that_was_not_asked_for_does_not_come_late(daemon: Daemon, sil
     )
     with pytest.raises(DomainNotPaused, match="does not answer"):
         suspend_domain(plan(daemon), time.monotonic() + 0.2)
+
+
+@pytest.mark.parametrize("refused", [True, False])
+@pytest.mark.parametrize("last", [_AUTH_LIST, _LOOKUP, _STATE])
+def test_whatever_fails_before_the_suspend_has_done_nothing(daemon: Daemon, last: int, refused: bool) -> None:
+    """polkit is away, or the daemon ends."""
+
+    def answer(procedure: int, serial: int, arguments: bytes) -> bytes | None:
+        if procedure == last:
+            return reply(procedure, serial, refusal(88, "no"), status=1) if refused else None
+        return running(procedure, serial, arguments)
+
+    daemon.answer = answer
+    with pytest.raises(DomainNotPaused):
+        suspend_domain(plan(daemon), time.monotonic() + patient(5))
+    assert _SUSPEND not in daemon.called
+
+
+def test_without_a_daemon_nothing_is_done(daemon: Daemon) -> None:
+    with pytest.raises(DomainNotPaused, match="no libvirt at"):
+        suspend_domain(replace(plan(daemon), socket=f"{daemon.path}-none"), time.monotonic() + patient(5))
+
+
+def test_a_suspend_whose_time_is_over_before_it_is_sent_does_not_come_late(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def last_answer(self: Libvirt, _: object) -> int:
+        self.extend(time.monotonic())
+        return NO_JOB
+
+    monkeypatch.setattr(Libvirt, "job", last_answer)
+    daemon.answer = running
+    with pytest.raises(DomainNotPaused, match="does not answer in time"):
+        suspend_domain(plan(daemon), time.monotonic() + patient(5))
+    assert _SUSPEND not in daemon.called
+
+
+@pytest.mark.parametrize(("refused", "kind"), [(True, LibvirtRefused), (False, LibvirtGone)])
+def test_a_suspend_that_was_sent_and_fails_may_have_done_something(
+    daemon: Daemon, refused: bool, kind: type[OSError]
+) -> None:
+    def answer(procedure: int, serial: int, arguments: bytes) -> bytes | None:
+        if procedure == _SUSPEND:
+            return reply(procedure, serial, refusal(38, "no"), status=1) if refused else None
+        return running(procedure, serial, arguments)
+
+    daemon.answer = answer
+    with pytest.raises(kind):
+        suspend_domain(plan(daemon), time.monotonic() + patient(5))
 
 
 def test_a_suspend_that_is_not_answered_may_come_late(daemon: Daemon) -> None:

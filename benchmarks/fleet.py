@@ -280,7 +280,8 @@ class World:
     def _store(self) -> tuple[CoordinatorStore, SharedStore | None]:
         if not self.store_url:
             return CoordinatorStore(str(self.folder / "coordinator.sqlite")), None
-        from caesura.runtime.postgresql import PostgresOptions, PostgresRows  # noqa: PLC0415 - an extra
+        from caesura.runtime.postgresql import PostgresRows  # noqa: PLC0415 - an extra
+        from caesura.runtime.postgresql_options import PostgresOptions  # noqa: PLC0415 - an extra
 
         store, copy = working_copy()
         options = PostgresOptions(url=self.store_url, fleet="default", name="c", lease_s=60.0)
@@ -402,6 +403,13 @@ exit codes: 0 all targets were met, 1 one was missed, 2 bad usage""",
         default=200,
         help="with --mosquitto: connections that carry the hosts and agents (%(default)s)",
     )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        metavar="SECONDS",
+        default=3600.0,
+        help="with --mosquitto: give up after so long (%(default)s)",
+    )
     parser.add_argument("--no-verdict", action="store_true", help="do not time the verdict")
     parser.add_argument(
         "--profile", action="store_true", help="print where the time goes; times are larger then"
@@ -479,7 +487,13 @@ def _on_mosquitto(options: argparse.Namespace) -> int:
     sets = max(1, vms // options.per_set)
     told = asyncio.run(
         measure_on_broker(
-            vms, sets, options.domains, hosts, connections=options.connections, kills=options.kill
+            vms,
+            sets,
+            options.domains,
+            hosts,
+            connections=options.connections,
+            kills=options.kill,
+            limit_s=options.limit,
         )
     )
     if options.json:

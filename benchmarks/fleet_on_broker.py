@@ -33,7 +33,6 @@ from caesura_testing.broker import mosquitto
 from caesura_testing.postgresql import PostgresServer
 from caesura_testing.sandbox import Sandbox
 
-_PATIENCE_S = 3600.0
 _READY_S = 600.0
 _NAMES = ("one", "two")
 _KILL_EACH = 10
@@ -71,10 +70,32 @@ class Carrier:
                 await host.post.send(m.AgentPresence(vm=each.vm, online=True, boot_id="b"), vm=each.vm)
 
 
+class Progress:
+    """Says on standard error how far it is: what takes minutes must not look like what hangs."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        """A line, with the seconds since the start before it."""
+        print(f"{time.perf_counter() - self._began:7.1f} s  {text}", file=sys.stderr, flush=True)
+
+
 class World:
     """The fleet, what its workloads do, and what is measured."""
 
-    def __init__(self, url: str, vms: int, sets: int, domains: int, hosts: int, connections: int) -> None:
+    def __init__(
+        self,
+        url: str,
+        vms: int,
+        sets: int,
+        domains: int,
+        hosts: int,
+        connections: int,
+        progress: Progress,
+    ) -> None:
+        self.progress = progress
+        self.domains = domains
         layout = Storms(vms, sets, domains, hosts)
         of_host: dict[str, list[m.VmRecord]] = {}
         for vm, group, domain, host in layout.vms:
@@ -149,8 +170,11 @@ class World:
             self.started.add(changed.wave)
             if (changed.wave + 1) % _KILL_EACH == 0:
                 self.to_kill.put_nowait(changed.wave)
-        elif changed.status == "completed":
+        elif changed.status == "completed" and changed.wave not in self.completed:
             self.completed.add(changed.wave)
+            self.progress.say(
+                f"{len(self.completed)} waves of {self.domains}, {len(self.accepted_at)} hosts of {self.host_count}"
+            )
         elif changed.status in {"failed", "cancelled"}:
             self._halt(changed.reason)
 
@@ -202,8 +226,9 @@ class World:
         try:
             for each in (self.bus, *(carrier.bus for carrier in self.carriers)):
                 assert await each.wait_connected(_READY_S)
-            for carrier in self.carriers:
-                await carrier.report_in()
+            self.progress.say(f"{len(self.carriers)} connections, {self.host_count} hosts report in")
+            await asyncio.gather(*(carrier.report_in() for carrier in self.carriers))
+            self.progress.say("all hosts and agents are on the bus")
             yield
         finally:
             for task in tasks:
@@ -271,9 +296,26 @@ async def _quiet(health: str) -> None:
 
 
 async def measure(
+    vms: int, sets: int, domains: int, hosts: int, *, connections: int, kills: bool, limit_s: float
+) -> dict[str, Any]:
+    """One rollout over everything; the figures.
+
+    Raises:
+        SystemExit: it did not complete, or not within ``limit_s`` seconds; the text says how far it came.
+    """
+    try:
+        async with asyncio.timeout(limit_s) as limit:
+            return await _measure(vms, sets, domains, hosts, connections=connections, kills=kills)
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise SystemExit(f"fleet: not over after {limit_s:g} s (--limit); how far it came is above") from None
+
+
+async def _measure(
     vms: int, sets: int, domains: int, hosts: int, *, connections: int, kills: bool
 ) -> dict[str, Any]:
-    """One rollout over everything; the figures."""
+    progress = Progress()
     with tempfile.TemporaryDirectory(prefix="caesura-bench-") as folder:
         async with (
             mosquitto(Path(folder)) as broker,
@@ -287,7 +329,7 @@ async def measure(
                 path = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
                 environment |= {"BENCH_STEPS": f"{folder}/steps", "PYTHONPATH": path}
                 sandbox.environments[name] = ("timed_coordinator", environment)
-            world = World(broker.url, vms, sets, domains, hosts, connections)
+            world = World(broker.url, vms, sets, domains, hosts, connections, progress)
             async with world.running():
                 return await _roll(world, sandbox, Path(folder), kills=kills)
 
@@ -297,24 +339,25 @@ async def _roll(world: World, sandbox: Sandbox, folder: Path, *, kills: bool) ->
     await sandbox.start("one")
     await world.obeys()
     start_s = time.perf_counter() - began
+    world.progress.say(f"all hosts obey the coordinator, {start_s:.1f} s after its start")
     if kills:
         await sandbox.start("two")
         async with asyncio.timeout(_READY_S):
             await world.standby.wait()
     used, took_over_s = Used(), []
+    await _quiet(f"{sandbox.folder}/one.health")
     for process in sandbox.running.values():
         used.begin(process.pid)
-    await _quiet(f"{sandbox.folder}/one.health")
     steps = folder / "steps"
     steps.unlink(missing_ok=True)
     before = await _messages(f"{sandbox.folder}/one.health")
+    world.progress.say("the coordinator has taken in everything: the rollout is requested")
     began = time.perf_counter()
     policy = m.Policy(notice_s=900.0, verify_timeout_s=600.0)
     await world.post.send(m.RolloutRequested(request="q", update="bench", policy=policy), client="bench")
     killer = asyncio.create_task(_kill(world, sandbox, used, took_over_s)) if kills else None
     try:
-        async with asyncio.timeout(_PATIENCE_S):
-            await world.over.wait()
+        await world.over.wait()
         took_s = time.perf_counter() - began
         if world.halted:
             raise SystemExit(f"fleet: the rollout did not complete: {world.halted}")
@@ -368,9 +411,7 @@ async def _kill(world: World, sandbox: Sandbox, used: Used, took_over_s: list[fl
         while world.epoch == epoch:  # noqa: ASYNC110 - its claim
             await asyncio.sleep(0.01)
         took_over_s.append(time.perf_counter() - began)
-        print(
-            f"killed {killed} in wave {wave + 1}: the next led after {took_over_s[-1]:.2f} s", file=sys.stderr
-        )
+        world.progress.say(f"killed {killed} in wave {wave + 1}: the next led after {took_over_s[-1]:.2f} s")
         await sandbox.start(killed)
         used.begin(sandbox.running[killed].pid)
         async with asyncio.timeout(_READY_S):

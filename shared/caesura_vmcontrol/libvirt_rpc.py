@@ -131,6 +131,8 @@ class Libvirt:
         self._answer_s = answer_s
         self._answer_by = min(until, time.monotonic() + answer_s)
         self._serial = 0
+        self.sent = False
+        """Whether the last call was written whole: one that was not is never carried out."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._connect()
@@ -224,9 +226,11 @@ class Libvirt:
         self._serial += 1
         self._answer_by = min(self._until, time.monotonic() + self._answer_s)
         head = struct.pack(">IIiiII", _PROGRAM, _VERSION, procedure, _CALL, self._serial, 0)
+        self.sent = False
         try:
             self._socket.settimeout(self._left())
             self._socket.sendall(struct.pack(">I", 4 + len(head) + len(arguments)) + head + arguments)
+            self.sent = True
             while True:
                 program, _, answered, kind, serial, status, body = self._message()
                 # Others are events and keep-alives, which were not asked for.

@@ -20,13 +20,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Coroutine, Generator, Iterable
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import structlog
-from scripted_hosts import Host, filters_of, record_of
+from scripted_hosts import Host, Workloads, filters_of, record_of
 from storms import Storms
 
 from caesura.bus.memory import MemoryBroker, MemoryBus
@@ -148,10 +147,9 @@ class World:
             self.broker, client_id="guests", filters=[channel_of(each).filter() for each in kinds]
         )
         self.post = MessageClient(self.bus, "/caesura/bench/guests")
-        self.post.subscribe(m.SetDocument, self._document)
+        self.post.subscribe(m.SetDocument, Workloads(self.post, lambda _: "bench").on_document)
         self.post.subscribe(m.WaveChanged, self._wave)
         self.post.subscribe(m.RequestAnswered, self._answer)
-        self._seen: set[str] = set()
         self.coordinator: Coordinator | None = None
         self.messages = 0
 
@@ -163,18 +161,6 @@ class World:
         return host
 
     # -- what guests and workloads do --
-
-    async def _document(self, document: m.SetDocument, _: Received) -> None:
-        for event in document.events:
-            if event.status == "scheduled" and event.event_id not in self._seen:
-                self._seen.add(event.event_id)
-                for vm in event.resources:
-                    await self.post.send(m.VmReady(vm=vm, event_id=event.event_id, ready=True), vm=vm)
-                first = event.resources[0]
-                approved = m.VmApproved(
-                    event_id=event.event_id, set=document.set, vm=first, at=datetime.now(UTC)
-                )
-                await self.post.send(approved, instance="bench", vm=first)
 
     async def _wave(self, changed: m.WaveChanged, _: Received) -> None:
         if changed.status == "soaking":

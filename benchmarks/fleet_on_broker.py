@@ -20,7 +20,7 @@ from typing import Any
 
 import aiohttp
 from pause import percentile
-from scripted_hosts import Host, filters_of, record_of
+from scripted_hosts import Host, Workloads, filters_of, record_of
 from storms import Storms
 
 from caesura.bus.messaging import MessageClient
@@ -122,7 +122,7 @@ class World:
             filters=[channel_of(each).filter() for each in kinds],
         )
         self.post = MessageClient(self.bus, "/caesura/bench")
-        self.post.subscribe(m.SetDocument, self._document)
+        self.post.subscribe(m.SetDocument, Workloads(self.post, lambda vm: f"of-{vm}").on_document)
         self.post.subscribe(m.WaveChanged, self._wave)
         self.post.subscribe(m.RolloutState, self._rollout, whole=False)
         self.post.subscribe(m.RequestAnswered, self._answer)
@@ -130,7 +130,6 @@ class World:
         self.post.subscribe(m.OperationReported, self._reported, whole=False)
         self.post.subscribe(m.CoordinatorPresence, self._presence)
         self.post.subscribe(m.CoordinatorStatus, self._status)
-        self._seen: set[str] = set()
         self.leader, self.epoch = "", 0
         self.standby = asyncio.Event()
         self.over = asyncio.Event()
@@ -152,18 +151,6 @@ class World:
         """See ``scripted_hosts.Operations``."""
 
     # -- guests and workloads --
-
-    async def _document(self, document: m.SetDocument, _: Received) -> None:
-        for event in document.events:
-            if event.status == "scheduled" and event.event_id not in self._seen:
-                self._seen.add(event.event_id)
-                for vm in event.resources:
-                    await self.post.send(m.VmReady(vm=vm, event_id=event.event_id, ready=True), vm=vm)
-                first = event.resources[0]
-                approved = m.VmApproved(
-                    event_id=event.event_id, set=document.set, vm=first, at=datetime.now(UTC)
-                )
-                await self.post.send(approved, instance=f"of-{first}", vm=first)
 
     async def _wave(self, changed: m.WaveChanged, _: Received) -> None:
         if changed.status == "started" and changed.wave not in self.started:

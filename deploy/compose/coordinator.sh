@@ -1,6 +1,6 @@
 #!/bin/sh
 # The coordinator of docker-compose.yml. Its store is SQLite until the profile `ha` is started, which leaves a mark; from then on it is
-# PostgreSQL, for ever: a fleet has one store. A coordinator that runs with SQLite when the mark is made ends, and the engine starts it again.
+# PostgreSQL, and stays so: a fleet has one store. A coordinator that runs with SQLite when the mark is made ends, and the engine starts it again.
 # caesura-compose-coordinator MARK STORE PASSWORD_FILE
 set -u
 mark=$1 store=$2 password=$3
@@ -35,7 +35,7 @@ coordinator=$!
 watcher=$!
 wait "$coordinator"
 code=$?
-# A signal ends the wait, not the coordinator, whose own code is only told by another wait: also when it has ended meanwhile.
+# A signal ends the wait, not the coordinator, whose own code is only told by another wait: also when it has ended in the meantime.
 while [ -n "$stopping" ]; do
   wait "$coordinator"
   again=$?

@@ -113,7 +113,7 @@ class PostgresOptions(msgspec.Struct, frozen=True, kw_only=True):
         hosts = _hosts(given)
         if self.ca_file and mode in {"disable", "allow", "prefer"}:
             raise WrongStore(f"a CA file is set but the store's URL says sslmode={mode}: remove one of them")
-        if mode is None and not self.ca_file and all(_is_here(each) for each in hosts):
+        if mode is None and not self.ca_file and all(_is_local(each) for each in hosts):
             return {}
         made: dict[str, Any] = {"sslmode": mode or "verify-full"}
         if made["sslmode"] in {"verify-full", "verify-ca"} or self.ca_file:
@@ -132,7 +132,7 @@ def _hosts(given: Mapping[str, Any]) -> list[str]:
     return str(given.get("hostaddr") or given.get("host")).split(",")
 
 
-def _is_here(host: str) -> bool:
+def _is_local(host: str) -> bool:
     """Whether it is a unix socket or this machine."""
     if host.startswith(("/", "@")) or host == "localhost":
         return True

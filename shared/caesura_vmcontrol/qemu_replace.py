@@ -406,7 +406,7 @@ def _loaded(plan: ReplacePlan, process: Process, state: int) -> Qmp:
 def _patience_s(plan: ReplacePlan) -> float:
     """From the start of a process to the loaded state, in seconds: twice as long after each round of all command lines.
 
-    On a host that is too busy to load it in time, tries of the same length, of several guests at once, would fail for ever. Not after
+    On a host that is too busy to load it in time, tries of the same length, of several guests at once, would fail indefinitely. Not after
     each try: the old QEMU, which is next to one that hangs, comes no later.
     """
     if of_another_boot(plan):

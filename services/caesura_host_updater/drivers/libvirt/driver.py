@@ -119,7 +119,7 @@ class LibvirtDriver:
         self._left: dict[str, str] = {}
         self._untouched: set[str] = set()
         """VMs that were to be paused, and to which nothing was done: if one is paused now, somebody else paused it."""
-        self._late = LatePauses(self._plan, "libvirt", self._folder, is_same_life, is_settled)
+        self._late = LatePauses(self._plan_now, "libvirt", self._folder, is_same_life, is_settled)
         self._tries: ResumeTries[ResumeResult] = ResumeTries()
         self._error = "libvirt was not asked yet"
         self._domains = SingleLook(self._ask, _ASK_S, self._silent)
@@ -340,8 +340,9 @@ class LibvirtDriver:
         if self._held.remove(vm):
             self._event.set()
 
-    def _plan(self, vm: str) -> LibvirtPlan | None:
-        return self.plans.get(vm)
+    def _plan_now(self, noted: LibvirtPlan) -> LibvirtPlan | None:
+        """A label that was edited may have given it another name."""
+        return next((plan for plan in self.plans.values() if plan.uuid == noted.uuid), None)
 
     def resume_plan(self, vm: str) -> LibvirtPlan:
         """Through libvirt, and past it where there is a way."""
@@ -364,7 +365,7 @@ class LibvirtDriver:
 
     def _freeze(self, plan: LibvirtPlan, by: float, stop: threading.Event) -> None:
         vm = plan.vm
-        was_expected = self._late.forget(vm)
+        was_expected = self._late.forget(plan)
         try:
             self._pause(plan, by, stop)
         except FreezeFailed as error:
@@ -410,7 +411,7 @@ class LibvirtDriver:
             result = await self._tries.resume(vm, timeout_s, work, "libvirt has not resumed it")
             end, why = result.end, result.why_left
             if result.was_paused and end == "running":
-                await in_thread(f"late pause of {vm}", partial(self._late.forget, vm))
+                self._late.forget_resumed(vm)
         if end == "gone" and vm in self._held and await self._was_migrated(vm):
             end, why = "left", _MIGRATED.format(self.vms[vm].domain_name)
         elif end == "left" and why == MIGRATES and plan is not None and vm not in self._untouched:

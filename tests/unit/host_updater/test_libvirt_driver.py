@@ -25,7 +25,7 @@ from caesura_host_updater.drivers.libvirt.domain_view import DomainView
 from caesura_host_updater.drivers.libvirt.driver import LibvirtDriver
 from caesura_host_updater.drivers.libvirt.guest_memory import GuestMemory
 from caesura_host_updater.drivers.libvirt.restarting import DomainRestarter
-from caesura_host_updater.drivers.port import FreezeFailed, ShutdownFailed
+from caesura_host_updater.drivers.port import DriverError, FreezeFailed, ShutdownFailed
 from caesura_testing.libvirt_answers import UUID as _UUID
 from caesura_testing.libvirt_answers import Daemon, QmpSocket, good, refusal, reply, with_job
 from caesura_testing.patience import patient
@@ -291,6 +291,9 @@ class _Starting:
         self.vms = {"a": LibvirtVm(name="a", uuid=_UUID, domain_name="a")}
         self.plans: dict[str, LibvirtPlan] = {}
         self.said: list[str] = []
+        self.go = threading.Event()
+        self.go.set()
+        self.changes = asyncio.Event()
         if process is not None:
             found = read_process(process.pid)
             assert found is not None
@@ -302,13 +305,14 @@ class _Starting:
 
     def start(self, _: str) -> None:
         self.said.append("start")
+        self.go.wait()
 
     async def look(self) -> None:
-        if "start" in self.said:
+        if "start" in self.said and self.go.is_set():
             self.plans = {"a": LibvirtPlan("a", "/s", "qemu:///system", _UUID, 2, 0, 0)}
 
     def restarter(self, folder: Path) -> DomainRestarter:
-        return DomainRestarter(self, lambda: self, self.look, folder)  # type: ignore[arg-type, return-value]
+        return DomainRestarter(self, lambda: self, self.look, folder, self.changes.set)  # type: ignore[arg-type, return-value]
 
 
 @pytest.fixture
@@ -333,16 +337,53 @@ async def test_a_domain_that_ends_long_after_it_was_asked_is_not_started_for_tha
     asked_at = time.time() - age_s
     os.utime(tmp_path / "a.shutdown", (asked_at, asked_at))
     world.plans.clear()
-    soon = age_s < 3600
-    assert await restarter.start_ended(()) is soon
-    assert world.said == (["shutdown", "start"] if soon else ["shutdown"])
+    restarter.start_ended(())
+    async with asyncio.timeout(60):
+        while (tmp_path / "a.shutdown").exists():  # noqa: ASYNC110 - a file's end
+            await asyncio.sleep(0.01)
+    assert world.said == (["shutdown", "start"] if age_s < 3600 else ["shutdown"])
     assert "a" not in restarter.down
-    assert not (tmp_path / "a.shutdown").exists()
 
 
 async def test_a_domain_that_was_down_already_is_started_again_after_the_update(tmp_path: Path) -> None:
     world = _Starting(None)
     restarter = world.restarter(tmp_path)
     assert await restarter.shut_down("a", time.monotonic() + 5) == "itself"
-    assert await restarter.start_ended(())
+    restarter.start_ended(())
+    async with asyncio.timeout(60):
+        while restarter.down:  # noqa: ASYNC110 - a thread's work
+            await asyncio.sleep(0.01)
     assert world.said == ["start"]
+
+
+async def test_a_start_that_hangs_delays_nobody_is_named_and_is_not_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage that hangs: looks, the undoing of late pauses and the updater's own start go on."""
+    monkeypatch.setattr(restarting, "_START_S", 0.01)
+    (tmp_path / "a.shutdown").touch()
+    world = _Starting(None)
+    world.go.clear()
+    restarter = world.restarter(tmp_path)
+    try:
+        async with asyncio.timeout(60):
+            await restarter.open()
+            await world.changes.wait()
+        assert restarter.errors == {"a": "libvirt has not started it within 0.01 s"}
+        restarter.start_ended(())
+        with pytest.raises(DriverError, match="has not started it within"):
+            await restarter.start("a", time.monotonic())
+        assert world.said == ["start"]
+        world.changes.clear()
+    finally:
+        world.go.set()
+    async with asyncio.timeout(60):
+        await world.changes.wait()
+    assert (restarter.errors, restarter.down) == ({}, set())
+    await restarter.close()
+
+
+async def test_the_ping_names_a_start_that_hangs(daemon: Daemon, tmp_path: Path) -> None:
+    driver = _driver(daemon, tmp_path)
+    driver._restarter.errors["a"] = "libvirt has not started it within 30 s"
+    assert "a ended, and is to be started again: libvirt has not started it" in driver.ping()

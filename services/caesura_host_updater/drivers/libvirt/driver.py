@@ -123,9 +123,11 @@ class LibvirtDriver:
         self._tries: ResumeTries[ResumeResult] = ResumeTries()
         self._error = "libvirt was not asked yet"
         self._domains = SingleLook(self._ask, _ASK_S, self._silent)
-        self._restarter = DomainRestarter(self, self._connected, self._domains.take, self._folder)
         self._event = asyncio.Event()
         self._change = asyncio.Event()
+        self._restarter = DomainRestarter(
+            self, self._connected, self._domains.take, self._folder, self._change.set
+        )
         self._looking: asyncio.Task[None] | None = None
 
     # -- life ---------------------------------------------------------------------------------------------
@@ -162,6 +164,7 @@ class LibvirtDriver:
         if self._looking is not None:
             self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
+        await self._restarter.close()
         await self._late.close()
         if self._connection is not None:
             with suppress(TimeoutError):
@@ -181,8 +184,9 @@ class LibvirtDriver:
             try:
                 await looks
                 # Not every event changes what the view holds: that a domain is paused is read when it is published.
-                if await self._restarter.start_ended(self._held) or told:
+                if told:
                     self._change.set()
+                self._restarter.start_ended(self._held)
             except Exception as error:  # noqa: BLE001 - whatever it is, the domains are looked at again
                 self._failed(f"the domains cannot be looked at: {error!r}")
 
@@ -238,14 +242,17 @@ class LibvirtDriver:
         return f"{text}; not a VM: {passed}" if passed else text
 
     def ping(self) -> str:
-        """Names domains that do not run or cannot be VMs, and a daemon that does not answer."""
+        """Names domains that do not run, cannot be started again or cannot be VMs, and a daemon that does not answer."""
         down = [
             f"{vm} ({self.health_error(vm)})"
             for vm in self.vms
             if vm not in self.plans and vm not in self._restarter.down
         ]
         passed = [f"{domain} cannot be a VM: {why}" for domain, why in sorted(self._seen.passed.items())]
-        parts = [f"not running: {', '.join(down)}" if down else "", *passed, self._error]
+        late = [
+            f"{vm} ended, and is to be started again: {why}" for vm, why in self._restarter.errors.items()
+        ]
+        parts = [f"not running: {', '.join(down)}" if down else "", *late, *passed, self._error]
         return "; ".join(filter(None, parts))
 
     def health_error(self, vm: str) -> str:

@@ -28,6 +28,7 @@ from caesura_pause_guard.departure import Departure, check_plans
 from caesura_vmcontrol import kernel_change
 from caesura_vmcontrol.guard_socket import MAX_LINE_BYTES, socket_address
 from caesura_vmcontrol.intent import Intent
+from caesura_vmcontrol.libvirt_connections import open_ahead
 from caesura_vmcontrol.libvirt_control import unusable_sockets
 from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
 from caesura_vmcontrol.notify import Notifier
@@ -309,6 +310,7 @@ class GuardServer:
         except BaseException:
             os.close(pidfd)
             raise
+        open_ahead(intent.plans)
         self._forget_owner()
         self._owner = client
         self._owner_pidfd = pidfd

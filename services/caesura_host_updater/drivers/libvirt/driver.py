@@ -1,7 +1,7 @@
 """The ``libvirt`` driver: the port's verbs over domains.
 
-Domains are found, and noticed by libvirt's events when they come, go or change their labels. A pause and its end go over short
-connections of the RPC that the pause guard uses, too; everything else over the binding's connection.
+Domains are found, and noticed by libvirt's events when they come, go or change their labels. A pause and its end go over a
+connection of the RPC as the pause guard has one, opened ahead; everything else over the binding's connection.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from caesura_host_updater.drivers.port import (
 )
 from caesura_host_updater.drivers.remote_pauses import LatePauses, ResumeTries
 from caesura_vmcontrol.freezer_control import Condition
+from caesura_vmcontrol.libvirt_connections import open_ahead
 from caesura_vmcontrol.libvirt_control import (
     MIGRATES,
     DomainLook,
@@ -356,6 +357,7 @@ class LibvirtDriver:
         plan = self.plans.get(vm)
         if plan is None or (plan.pid and not alive(plan.pid, plan.start_ticks)):
             raise DriverError(vm, self.health_error(vm) or "its domain does not run")
+        open_ahead([plan])  # a pause is about to begin, and polkit may be slow
         return plan
 
     async def freeze(self, vm: str, by: float) -> None:

@@ -1,0 +1,178 @@
+"""One connection to a daemon for all domains: authenticated once, ahead of a pause, and given up when a call on it is not answered."""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from caesura_testing.libvirt_answers import UUID, Daemon, good, refusal, reply
+from caesura_testing.patience import patient
+from caesura_vmcontrol import libvirt_connections, libvirt_control
+from caesura_vmcontrol.libvirt_connections import daemon_at, open_ahead
+from caesura_vmcontrol.libvirt_control import domain_look, resume_domain
+from caesura_vmcontrol.libvirt_rpc import LibvirtGone, LibvirtPlan, LibvirtRefused, LibvirtSilent
+
+_AUTH_LIST, _AUTH_POLKIT, _OPEN, _STATE, _RESUME, _SUSPEND = 66, 70, 1, 212, 28, 34
+
+
+class Polkit:
+    """A daemon that asks polkit, which answers when it is let."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.daemon = daemon
+        self.go = threading.Event()
+        self.go.set()
+        self.asked = threading.Event()
+        daemon.answer = self.answer
+
+    def answer(self, procedure: int, serial: int, arguments: bytes) -> bytes | None:
+        if procedure == _AUTH_LIST:
+            return reply(procedure, serial, struct.pack(">Ii", 1, 2))
+        if procedure == _AUTH_POLKIT:
+            self.asked.set()
+            self.go.wait()
+        return good(procedure, serial, arguments)
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    """With one domain that is paused, web-1."""
+    made = Daemon(tmp_path / "s")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def polkit(daemon: Daemon) -> Iterator[Polkit]:
+    made = Polkit(daemon)
+    yield made
+    made.go.set()
+
+
+def _plan(daemon: Daemon) -> LibvirtPlan:
+    return LibvirtPlan("web-1", daemon.path, "qemu:///system", UUID, 7, 0, 0)
+
+
+def test_many_looks_and_resumes_at_once_are_authenticated_once(daemon: Daemon, polkit: Polkit) -> None:
+    """A connection for each look at each domain never got through polkit's queue in time."""
+    plan = _plan(daemon)
+    with ThreadPoolExecutor(30) as threads:
+        looks = list(threads.map(lambda _: domain_look(plan).condition, range(60)))
+        list(threads.map(lambda _: resume_domain(plan), range(60)))
+    assert looks == ["frozen"] * 60
+    assert daemon.called.count(_RESUME) == 60
+    assert (daemon.called.count(_AUTH_POLKIT), daemon.called.count(_OPEN)) == (1, 1)
+
+
+def test_it_is_authenticated_ahead(daemon: Daemon, polkit: Polkit) -> None:
+    open_ahead([_plan(daemon)])
+    assert polkit.asked.wait(patient(10))
+    assert domain_look(_plan(daemon)).condition == "frozen"
+    assert daemon.called.count(_AUTH_POLKIT) == 1
+
+
+def test_polkit_may_take_longer_than_other_answers(
+    daemon: Daemon, polkit: Polkit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group from a directory service: the domain was never resumed."""
+    for module in (libvirt_connections, libvirt_control):
+        monkeypatch.setattr(module, "RPC_S", patient(0.3))
+    monkeypatch.setattr(libvirt_connections, "OPENING_S", patient(30))
+    monkeypatch.setattr(libvirt_control, "_DAEMON_S", patient(30))
+    polkit.go.clear()
+    with ThreadPoolExecutor(1) as threads:
+        look = threads.submit(domain_look, _plan(daemon))
+        assert polkit.asked.wait(patient(10))
+        time.sleep(patient(0.4))  # longer than RPC_S, on purpose
+        polkit.go.set()
+        assert look.result().condition == "frozen"
+
+
+def test_a_domain_with_another_way_out_does_not_wait_for_polkit(
+    daemon: Daemon, polkit: Polkit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libvirt_control, "RPC_S", 0.05)
+    monkeypatch.setattr(libvirt_control, "_look_by_qmp", lambda _: libvirt_control.DomainLook("running"))
+    polkit.go.clear()
+    assert domain_look(replace(_plan(daemon), qmp=("/q",))).condition == "running"
+
+
+def test_a_refusal_is_told_to_all_and_asked_again(daemon: Daemon) -> None:
+    refused = True
+
+    def answer(procedure: int, serial: int, arguments: bytes) -> bytes | None:
+        if procedure == _OPEN and refused:
+            return reply(procedure, serial, refusal(45, "authentication failed"), status=1)
+        return good(procedure, serial, arguments)
+
+    daemon.answer = answer
+    with pytest.raises(LibvirtRefused, match="authentication failed"):
+        domain_look(_plan(daemon))
+    refused = False
+    assert domain_look(_plan(daemon)).condition == "frozen"
+
+
+def test_after_a_call_without_an_answer_others_get_another_connection(daemon: Daemon) -> None:
+    go = threading.Event()
+
+    def answer(procedure: int, serial: int, arguments: bytes) -> bytes | None:
+        if procedure == _STATE and not go.is_set():
+            go.set()
+            time.sleep(patient(0.2))
+        return good(procedure, serial, arguments)
+
+    daemon.answer = answer
+    with daemon_at(daemon.path, "qemu:///system", time.monotonic() + patient(10), 0.02) as slow:
+        domain = slow.domain(UUID)
+        with pytest.raises(LibvirtSilent, match="does not answer in time"):
+            slow.state(domain)
+        assert domain_look(_plan(daemon)).condition == "frozen"
+        assert daemon.called.count(_OPEN) == 2
+
+
+def test_a_pause_that_takes_long_keeps_no_other_domain_waiting(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its QEMU hangs, and it may take all the time of a freeze; the daemon's places for one connection are few."""
+    monkeypatch.setattr(libvirt_connections, "RPC_S", patient(0.1))
+    hangs, go = threading.Event(), threading.Event()
+
+    def answer(procedure: int, serial: int, arguments: bytes) -> bytes | None:
+        if procedure == _SUSPEND:
+            hangs.set()
+            go.wait()
+        return good(procedure, serial, arguments)
+
+    daemon.answer = answer
+
+    def suspend() -> None:
+        with daemon_at(daemon.path, "qemu:///system", time.monotonic() + patient(60)) as slow:
+            slow.suspend(slow.domain(UUID))
+
+    with ThreadPoolExecutor(1) as threads:
+        suspending = threads.submit(suspend)
+        try:
+            assert hangs.wait(patient(10))
+            time.sleep(patient(0.2))  # longer than RPC_S, on purpose
+            assert domain_look(_plan(daemon)).condition == "frozen"
+            assert not suspending.done()
+        finally:
+            go.set()
+        suspending.result()
+
+
+def test_a_daemon_that_ends_the_connection_is_asked_over_another_one(daemon: Daemon) -> None:
+    assert domain_look(_plan(daemon)).condition == "frozen"
+    daemon.answer = lambda *_: None
+    with pytest.raises(LibvirtGone):
+        domain_look(_plan(daemon))
+    daemon.answer = good
+    assert domain_look(_plan(daemon)).condition == "frozen"
+    assert daemon.called.count(_OPEN) == 2

@@ -254,6 +254,14 @@ async def test_a_late_pause_that_was_ended_by_the_operation_is_expected_no_longe
     await driver._late.close()
 
 
+async def test_who_left_it_paused_is_told_how_to_resume_it(daemon: Daemon, tmp_path: Path) -> None:
+    """Without the URI, `virsh` of a person asks that person's own daemon."""
+    driver = _driver(daemon, tmp_path)
+    driver._take(_view(daemon))
+    with pytest.raises(FreezeFailed, match=f"resume it with `virsh -c qemu:///system resume {_UUID}`"):
+        await driver.freeze("web-old", time.monotonic() + patient(5))
+
+
 async def test_a_binding_that_is_missing_is_told_at_the_start(tmp_path: Path) -> None:
     driver = LibvirtDriver(LibvirtOptions(binding=str(tmp_path)), (str(tmp_path / "none"),), tmp_path)
     with pytest.raises(NoBinding):

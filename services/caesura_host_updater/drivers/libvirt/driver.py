@@ -7,6 +7,7 @@ connection of the RPC as the pause guard has one, opened ahead; everything else 
 from __future__ import annotations
 
 import asyncio
+import shlex
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
@@ -85,8 +86,8 @@ _NOT_PAST_A_HANG = (
     " domain's own helps (docs/drivers/libvirt.md)"
 )
 _STARTED_AGAIN = "it was started again in its pause: what its memory held is lost"
-_MIGRATED = "it was migrated to another host in its pause, and is paused there as it was here: there, `virsh resume {}`"
-_MIGRATING = f"{MIGRATES}, where it is paused as it was here: there, `virsh resume {{}}`; if the migration fails, it is resumed here"
+_MIGRATED = "it was migrated to another host in its pause, and is paused there as it was here: there, `virsh -c {} resume {}`"
+_MIGRATING = f"{MIGRATES}, where it is paused as it was here: there, `virsh -c {{}} resume {{}}`; if the migration fails, it is resumed here"
 
 _log = get_logger("caesura.driver")
 
@@ -422,13 +423,16 @@ class LibvirtDriver:
             if result.was_paused and end == "running":
                 self._late.forget_resumed(vm)
         if end == "gone" and vm in self._held and await self._was_migrated(vm):
-            end, why = "left", _MIGRATED.format(self.vms[vm].domain_name)
+            end, why = "left", _MIGRATED.format(self._options.uri, self._quoted(vm))
         elif end == "left" and why == MIGRATES and plan is not None and vm not in self._untouched:
-            why = _MIGRATING.format(self.vms[vm].domain_name)
+            why = _MIGRATING.format(self._options.uri, self._quoted(vm))
             self._late.expect(plan)
         if end == "left":
             self._left[vm] = why
         return end
+
+    def _quoted(self, vm: str) -> str:
+        return shlex.quote(self.vms[vm].domain_name)
 
     # -- shutting down ------------------------------------------------------------------------------------
 

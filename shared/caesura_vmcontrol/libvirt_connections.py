@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from types import TracebackType
@@ -70,8 +70,12 @@ class _Line(Libvirt):
             self._users -= 1
             self._close_if_over()
 
-    def ask(self, procedure: int, arguments: bytes, until: float, answer_s: float) -> tuple[int, bytes]:
+    def ask(
+        self, procedure: int, arguments: bytes, until: float, answer_s: float, on_sent: Callable[[], None]
+    ) -> tuple[int, bytes]:
         """Status and body of the answer, which may take ``answer_s`` seconds from the moment in which the call may be sent.
+
+        ``on_sent`` is called when the call was written whole: one that was not is never carried out.
 
         Raises:
             LibvirtSilent, LibvirtGone: no answer.
@@ -90,6 +94,7 @@ class _Line(Libvirt):
         by = min(until, time.monotonic() + answer_s)
         try:
             self._send(call_message(procedure, serial, arguments), by)
+            on_sent()
             try:
                 answered, status, body = waiting.result(_seconds_to(min(by, time.monotonic() + RPC_S)))
             except TimeoutError:
@@ -111,9 +116,16 @@ class _Line(Libvirt):
     def _send(self, message: bytes, by: float) -> None:
         try:
             with self._writing:  # nobody has it longer than RPC_S
-                self._writer.settimeout(max(_seconds_to(by), 0.001))
-                self._writer.sendall(message)
-        except TimeoutError:
+                if isinstance(self._error, LibvirtGone):
+                    raise self._error
+                self._writer.settimeout(min(max(_seconds_to(by), 0.001), RPC_S))
+                try:
+                    self._writer.sendall(message)
+                except TimeoutError:
+                    # A part of it may be written: what followed would be taken for the rest.
+                    self._fail(LibvirtGone(f"libvirt at {self._path} does not read what it is sent"))
+                    raise
+        except (TimeoutError, LibvirtGone):
             raise
         except OSError as error:
             raise self._fail(LibvirtGone(f"libvirt at {self._path} ended the connection")) from error
@@ -176,8 +188,11 @@ class _Use(Libvirt):
         self._line.leave()
 
     def _exchange(self, procedure: int, arguments: bytes, answer_s: float) -> tuple[int, bytes]:
-        self.sent = True  # whether a part of it arrives nobody knows
-        return self._line.ask(procedure, arguments, self._until, answer_s)
+        self.sent = False
+        return self._line.ask(procedure, arguments, self._until, answer_s, self._on_sent)
+
+    def _on_sent(self) -> None:
+        self.sent = True
 
 
 class _Connections:

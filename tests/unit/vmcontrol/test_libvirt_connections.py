@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 import threading
 import time
@@ -17,7 +18,7 @@ from caesura_testing.patience import patient
 from caesura_vmcontrol import libvirt_connections, libvirt_control
 from caesura_vmcontrol.libvirt_connections import daemon_at, open_ahead
 from caesura_vmcontrol.libvirt_control import domain_look, resume_domain
-from caesura_vmcontrol.libvirt_rpc import LibvirtGone, LibvirtPlan, LibvirtRefused, LibvirtSilent
+from caesura_vmcontrol.libvirt_rpc import Libvirt, LibvirtGone, LibvirtPlan, LibvirtRefused, LibvirtSilent
 
 _AUTH_LIST, _AUTH_POLKIT, _OPEN, _STATE, _RESUME, _SUSPEND = 66, 70, 1, 212, 28, 34
 
@@ -166,6 +167,32 @@ def test_a_pause_that_takes_long_keeps_no_other_domain_waiting(
         finally:
             go.set()
         suspending.result()
+
+
+def test_after_a_call_that_was_not_written_whole_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon would take it for the rest of the one before."""
+    monkeypatch.setattr(libvirt_connections, "RPC_S", patient(0.3))
+    ours, theirs = socket.socketpair()
+    path = str(tmp_path / "s")
+
+    def connect(line: Libvirt) -> None:
+        line._socket.close()
+        line._socket = ours
+
+    monkeypatch.setattr(Libvirt, "_connect", connect)
+    monkeypatch.setattr(Libvirt, "_authenticate", lambda _: None)
+    monkeypatch.setattr(Libvirt, "_call", lambda *_: b"")
+    line = libvirt_connections._Line(path, "qemu:///system", time.monotonic() + patient(10))
+    sent: list[int] = []
+    much = bytes(8 << 20)
+    with theirs:
+        with pytest.raises(LibvirtSilent):
+            line.ask(1, much, time.monotonic() + patient(0.3), 60, lambda: sent.append(1))
+        with pytest.raises(LibvirtGone, match="does not read what it is sent"):
+            line.ask(1, b"", time.monotonic() + patient(10), 60, lambda: sent.append(1))
+        assert (sent, line.is_usable) == ([], False)
 
 
 def test_a_daemon_that_ends_the_connection_is_asked_over_another_one(daemon: Daemon) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from caesura_vmcontrol import libvirt_rpc
 from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.libvirt_connections import RPC_S, daemon_at
-from caesura_vmcontrol.libvirt_rpc import Domain, Libvirt, LibvirtPlan, LibvirtRefused, LibvirtSilent
+from caesura_vmcontrol.libvirt_rpc import Domain, Libvirt, LibvirtPlan, LibvirtRefused
 from caesura_vmcontrol.process_control import is_held
 from caesura_vmcontrol.procfs import alive
 from caesura_vmcontrol.qmp_commands import (
@@ -48,6 +48,10 @@ class DomainPausedBefore(DomainNotPaused):
 
 class DomainTaken(OSError):
     """The daemon paused a domain, and something had begun with it that must not find it paused; the text says what was done."""
+
+
+class DomainLost(OSError):
+    """The daemon does not know a domain whose process lives: it was restarted and could not read what it knew of it."""
 
 
 class DomainBusy(OSError):
@@ -90,7 +94,7 @@ def domain_look(plan: LibvirtPlan) -> DomainLook:
         with _daemon_of(plan) as daemon:
             return _look(daemon, plan)
     except OSError as error:
-        if isinstance(error, LibvirtRefused) and error.code == libvirt_rpc.NO_DOMAIN:
+        if _is_over(plan, error):
             return DomainLook("gone")
         found = _look_by_qmp(plan)
         if found is None:
@@ -162,7 +166,7 @@ def resume_domain(plan: LibvirtPlan) -> None:
             if look.condition == "frozen" and look.domain is not None:
                 daemon.resume(look.domain)
     except OSError as error:
-        if isinstance(error, LibvirtRefused) and error.code == libvirt_rpc.NO_DOMAIN:
+        if _is_over(plan, error):
             return
         if not _resume_by_qmp(plan):
             raise
@@ -182,21 +186,29 @@ def suspend_domain(plan: LibvirtPlan, until: float) -> None:
     Whether something is done with it that takes long is asked before and after: a migration shall not find it paused, and leave it so.
 
     Raises:
-        DomainPausedBefore, DomainNotPaused: nothing was done: it did not run, or libvirt does something with it.
+        DomainPausedBefore, DomainNotPaused: nothing was done: it did not run, libvirt does something with it, or the daemon did not
+            help before it was asked for the pause.
         DomainTaken: it was paused in the moment in which that began.
         LibvirtSilent: it may be paused later.
-        OSError: it was not paused.
+        OSError: it was asked for, and was not shown to be paused.
     """
     try:
         connection = daemon_at(plan.socket, plan.uri, until)
-    except LibvirtSilent as error:
+    except OSError as error:
         raise DomainNotPaused(str(error)) from error
     with connection as daemon:
         try:
             domain = _suspendable(daemon, plan)
-        except LibvirtSilent as error:
+        except DomainNotPaused:
+            raise
+        except OSError as error:
             raise DomainNotPaused(str(error)) from error
-        daemon.suspend(domain)
+        try:
+            daemon.suspend(domain)
+        except OSError as error:
+            if daemon.sent:
+                raise
+            raise DomainNotPaused(str(error)) from error
         try:
             job = _job(daemon, domain)
         except OSError as error:
@@ -234,19 +246,38 @@ def _job(daemon: Libvirt, domain: Domain) -> int:
 
 
 def find(daemon: Libvirt, plan: LibvirtPlan) -> Domain | None:
-    """The domain in the plan's life; None: it is over. Raises OSError.
+    """The domain in the plan's life; None: it is over.
 
-    A daemon that was restarted may give an id again, so the process is looked at, too.
+    A daemon that was restarted may give an id again, or have lost a domain that runs, so the process is looked at, too.
+
+    Raises:
+        DomainLost: the daemon says that it is over, and its process lives.
+        OSError: the daemon does not say.
     """
     if plan.pid and not alive(plan.pid, plan.start_ticks):
         return None
+    domain = None
     try:
         domain = daemon.domain(plan.uuid)
     except LibvirtRefused as refused:
-        if refused.code == libvirt_rpc.NO_DOMAIN:
-            return None
-        raise
-    return domain if domain.number == plan.number else None
+        if refused.code != libvirt_rpc.NO_DOMAIN:
+            raise
+    if domain is not None and domain.number == plan.number:
+        return domain
+    if _lives(plan):
+        raise DomainLost(f"libvirt at {plan.socket} does not know it any more, but process {plan.pid} lives")
+    return None
+
+
+def _lives(plan: LibvirtPlan) -> bool:
+    """Whether its process is known, and lives."""
+    return bool(plan.pid) and alive(plan.pid, plan.start_ticks)
+
+
+def _is_over(plan: LibvirtPlan, error: OSError) -> bool:
+    """Whether the daemon has no such domain any more, and no process of it is known to live."""
+    no_domain = isinstance(error, LibvirtRefused) and error.code == libvirt_rpc.NO_DOMAIN
+    return no_domain and not _lives(plan)
 
 
 def _was_migrated(daemon: Libvirt, plan: LibvirtPlan) -> bool:

@@ -131,6 +131,8 @@ class Libvirt:
         self._answer_s = answer_s
         self._answer_by = min(until, time.monotonic() + answer_s)
         self._serial = 0
+        self.sent = False
+        """Whether the last call was written whole: one that was not is never carried out."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._connect()
@@ -231,9 +233,11 @@ class Libvirt:
         """Status and body of the answer."""
         self._serial += 1
         self._answer_by = min(self._until, time.monotonic() + answer_s)
+        self.sent = False
         try:
             self._socket.settimeout(self._left())
             self._socket.sendall(call_message(procedure, self._serial, arguments))
+            self.sent = True
             while True:
                 message = self._message()
                 serial, answered, status = answer_of(message)

@@ -71,7 +71,8 @@ def reach(pid: int, start_ticks: int, paths: Sequence[str], until: float) -> Qmp
 
     Paths change while we look: after a hand-over the new process's sockets are renamed onto the old one's. Where a
     socket has a spare one beside it (``SPARE``), that is used when the first one is busy: another client may have
-    been stopped while QEMU served it.
+    been stopped while QEMU served it. The time is shared among the paths: a client that stays at one keeps none of
+    the others from being tried.
 
     Raises:
         ProcessGone: it is dead.
@@ -79,11 +80,18 @@ def reach(pid: int, start_ticks: int, paths: Sequence[str], until: float) -> Qmp
     """
     while True:
         silent: QmpNoAnswer | None = None
-        for path, patience_s in _sockets(paths):
+        sockets = list(_sockets(paths))
+        for number, (path, patience_s) in enumerate(sockets):
             if not alive(pid, start_ticks):
                 raise ProcessGone(f"process {pid} is dead")
+            now = time.monotonic()
+            by = min(until, now + patience_s)
+            if patience_s == math.inf:
+                by = now + (until - now) / (
+                    1 + sum(os.path.exists(later) for later, _ in sockets[number + 1 :])
+                )
             try:
-                return Qmp(path, pid, min(until, time.monotonic() + patience_s))
+                return Qmp(path, pid, by)
             except PeerMismatch as error:
                 silent = silent or error
             except QmpNoAnswer as error:
@@ -96,7 +104,7 @@ def reach(pid: int, start_ticks: int, paths: Sequence[str], until: float) -> Qmp
 
 
 def _sockets(paths: Sequence[str]) -> Iterator[tuple[str, float]]:
-    """Every socket there is, and how long to wait for a greeting at it, in seconds."""
+    """Every socket there is, and how long to wait for a greeting at it, in seconds; infinity: its share of the time."""
     for path in dict.fromkeys(paths):
         spare = path + SPARE
         if os.path.exists(spare):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -109,3 +111,24 @@ async def test_a_daemon_that_was_restarted_in_the_pause(driver: LibvirtDriver, d
     _until(lambda: daemon.state("web-1") == "paused", "libvirt lost the domain")
     assert condition(plan) == "frozen"
     assert await driver.resume("web-1", patient(5)) == "running"
+
+
+@pytest.mark.parametrize("vm", ["web-1", "db-1"])
+async def test_a_daemon_that_has_lost_the_domain_in_the_pause(
+    driver: LibvirtDriver, daemon: LibvirtDaemon, vm: str
+) -> None:
+    """It was restarted and cannot read its own file of the domain, as after an upgrade: it calls it shut off."""
+    plan = driver.resume_plan(vm)
+    await driver.freeze(vm, freeze_deadline())
+    daemon.kill()
+    (daemon.runtime_dir / f"libvirt/qemu/run/{vm}.xml").write_text("<domstatus")
+    daemon.start()
+    try:
+        _until(lambda: daemon.state(vm) == "shut off", "or this test shows nothing")
+        assert condition(plan) == "frozen"
+        assert (await driver.read_states())[vm] == "paused"
+        assert await driver.resume(vm, patient(5)) == "running"
+        assert condition(plan) == "running"
+    finally:
+        os.kill(plan.pid, signal.SIGKILL)
+    _until(lambda: condition(plan) == "gone", "its process has ended")

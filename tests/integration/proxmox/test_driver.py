@@ -101,6 +101,9 @@ async def test_a_client_that_stays_has_the_freeze_refused_and_nothing_paused(
         with pytest.raises(FreezeFailed, match="QEMU hangs, or serves another client"):
             await driver.freeze("vm-100", time.monotonic() + 0.3)
         assert (await driver.read_states())["vm-100"] == "unknown"
+        assert await driver.resume("vm-100", 0.2) == "left", "the operation does not wait for that client"
+        assert "nothing was done to it" in driver.why_left("vm-100")
+    assert (await driver.read_states())["vm-100"] == "running"
     assert await driver.resume("vm-100", 5) == "running"
     assert not node.events.pauses
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+import struct
 import subprocess
 import threading
 import time
@@ -27,13 +29,13 @@ from caesura_host_updater.drivers.libvirt.guest_memory import GuestMemory
 from caesura_host_updater.drivers.libvirt.restarting import DomainRestarter
 from caesura_host_updater.drivers.port import DriverError, FreezeFailed, ShutdownFailed
 from caesura_testing.libvirt_answers import UUID as _UUID
-from caesura_testing.libvirt_answers import Daemon, QmpSocket, good, refusal, reply, with_job
+from caesura_testing.libvirt_answers import Answer, Daemon, QmpSocket, good, refusal, reply, with_job
 from caesura_testing.patience import patient
 from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
 from caesura_vmcontrol.procfs import read_process
 
 _LABEL = '<vm name="web-old" set="web" update-domain="0"/>'
-_JOB, _STATE, _RESUME, _SUSPEND, _AUTH_LIST = 298, 212, 28, 34, 66
+_JOB, _STATE, _RESUME, _SUSPEND, _AUTH_LIST, _LOOKUP = 298, 212, 28, 34, 66, 24
 
 
 @pytest.fixture
@@ -175,6 +177,31 @@ async def test_a_daemon_that_refuses_the_look_refuses_nobody_the_resume(
     driver._take(_view(daemon))
     plan = replace(driver.plans["web-old"], pid=me.pid, start_ticks=me.start_ticks, qmp=(qmp.path,))
     driver.plans["web-old"] = plan
+    assert await driver.resume("web-old", patient(2)) == "running"
+    assert qmp.status == "running"
+
+
+@pytest.mark.parametrize("listed", [True, False])
+async def test_a_domain_that_the_daemon_has_lost_keeps_its_way_out(
+    daemon: Daemon, qmp: QmpSocket, tmp_path: Path, listed: bool
+) -> None:
+    """It is listed as off, or no more; its process lives, and is paused."""
+    me = read_process(os.getpid())
+    assert me is not None
+    driver = _driver(daemon, tmp_path)
+    seen = _view(daemon)
+    plan = replace(seen.plans["web-old"], pid=me.pid, start_ticks=me.start_ticks, qmp=(qmp.path,))
+    driver._take(replace(seen, plans={"web-old": plan}))
+    driver._held.pausing("web-old", plan)
+    daemon.answer = lambda procedure, serial, arguments: (
+        reply(procedure, serial, refusal(42, "Domain not found"), status=1)
+        if procedure == _LOOKUP
+        else good(procedure, serial, arguments)
+    )
+    off = {_UUID: FoundDomain(name="web-1", uuid=_UUID, number=-1, label=_LABEL)}
+    lost = replace(seen, found=off, plans={}) if listed else DomainView("9.0.0")
+    for _ in range(2):
+        driver._take(lost)
     assert await driver.resume("web-old", patient(2)) == "running"
     assert qmp.status == "running"
 
@@ -395,3 +422,106 @@ async def test_the_ping_names_a_start_that_hangs(daemon: Daemon, tmp_path: Path)
     driver = _driver(daemon, tmp_path)
     driver._restarter.errors["a"] = "libvirt has not started it within 30 s"
     assert "a ended, and is to be started again: libvirt has not started it" in driver.ping()
+
+
+# -- a daemon that does not answer in a freeze ------------------------------------------------------------------
+
+
+class _Suspending:
+    """A daemon whose domain runs until it is suspended; its first answers about the state after that are refusals."""
+
+    def __init__(self, refusals: float) -> None:
+        self._refusals = refusals
+        self._state = 1
+
+    def __call__(self, procedure: int, serial: int, arguments: bytes) -> bytes | None:
+        if procedure == _SUSPEND:
+            self._state = 3
+        if procedure != _STATE:
+            return good(procedure, serial, arguments)
+        if self._state == 3 and self._refusals > 0:
+            self._refusals -= 1
+            return reply(procedure, serial, refusal(38, "busy"), status=1)
+        return reply(procedure, serial, struct.pack(">ii", self._state, 1))
+
+
+async def test_a_look_that_fails_after_the_suspend_is_followed_by_the_next(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    driver = _driver(daemon, tmp_path)
+    driver._take(_view(daemon))
+    daemon.answer = _Suspending(2)
+    await driver.freeze("web-old", time.monotonic() + patient(20))
+    daemon.answer = good
+    assert (await driver.read_states())["web-old"] == "paused"
+
+
+async def test_a_pause_that_nobody_confirms_is_none_when_its_time_is_over(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    driver = _driver(daemon, tmp_path)
+    driver._take(_view(daemon))
+    daemon.answer = _Suspending(math.inf)
+    with pytest.raises(FreezeFailed, match="is not paused in time: libvirt says: busy") as raised:
+        await driver.freeze("web-old", time.monotonic() + patient(0.5))
+    assert _SUSPEND in daemon.called
+    assert not raised.value.untouched
+
+
+def _ending(procedure: int, serial: int, arguments: bytes) -> bytes | None:
+    """A daemon that is dead."""
+    return None
+
+
+def _refusing(procedure: int, serial: int, _: bytes) -> bytes | None:
+    """polkit is away."""
+    return reply(procedure, serial, refusal(88, "no polkit agent"), status=1)
+
+
+@pytest.mark.parametrize("answer", [_ending, _refusing])
+async def test_a_freeze_that_failed_before_the_suspend_leaves_what_its_operator_had_paused(
+    daemon: Daemon, tmp_path: Path, answer: Answer
+) -> None:
+    driver = _driver(daemon, tmp_path)
+    driver._take(_view(daemon))
+    daemon.answer = answer
+    with pytest.raises(FreezeFailed) as raised:
+        await driver.freeze("web-old", time.monotonic() + patient(5))
+    assert raised.value.untouched
+    assert await driver.resume("web-old", patient(1)) == "left"
+    assert "nothing was done to it" in driver.why_left("web-old")
+    daemon.answer = good
+    assert await driver.resume("web-old", patient(1)) == "left"
+    assert not {_SUSPEND, _RESUME} & set(daemon.called)
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_label_that_was_misspelt_since_the_plan_has_the_freeze_refused_and_nothing_done(
+    daemon: Daemon, tmp_path: Path, late: bool
+) -> None:
+    """``late``: an earlier pause of ours was not answered, and may be what is found."""
+    driver = _driver(daemon, tmp_path)
+    driver._take(_view(daemon, ""))
+    driver._held.add("web-1")
+    driver._take(_view(daemon, '<vm sett="x"/>'))
+    if late:
+        driver._late.expect(driver.plans["web-1"])
+    with pytest.raises(FreezeFailed, match="sett") as raised:
+        await driver.freeze("web-1", time.monotonic() + patient(5))
+    assert raised.value.untouched is not late
+    assert ("web-1" in driver._late) is late
+    if not late:
+        assert await driver.resume("web-1", patient(1)) == "left"
+    assert not {_SUSPEND, _RESUME} & set(daemon.called)
+    await driver._late.close()
+
+
+async def test_a_domain_that_does_not_run_is_not_touched(daemon: Daemon, tmp_path: Path) -> None:
+    driver = _driver(daemon, tmp_path)
+    driver._take(replace(_view(daemon), plans={}))
+    with pytest.raises(FreezeFailed, match="is not running") as raised:
+        await driver.freeze("web-old", time.monotonic() + patient(5))
+    assert raised.value.untouched
+    driver._take(_view(daemon))
+    assert await driver.resume("web-old", patient(1)) == "left", "its operator started and paused it"
+    assert _RESUME not in daemon.called

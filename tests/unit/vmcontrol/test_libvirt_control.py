@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,14 @@ from caesura_vmcontrol.libvirt_control import (
     suspend_domain,
     unusable_sockets,
 )
-from caesura_vmcontrol.libvirt_rpc import LibvirtPlan, LibvirtRefused, LibvirtSilent
+from caesura_vmcontrol.libvirt_rpc import (
+    NO_JOB,
+    Libvirt,
+    LibvirtGone,
+    LibvirtPlan,
+    LibvirtRefused,
+    LibvirtSilent,
+)
 from caesura_vmcontrol.procfs import read_process
 from caesura_vmcontrol.watchdog import Watchdog
 
@@ -263,6 +272,55 @@ def test_a_suspend_that_was_not_asked_for_does_not_come_late(daemon: Daemon, sil
         suspend_domain(plan(daemon), time.monotonic() + 0.2)
 
 
+@pytest.mark.parametrize("refused", [True, False])
+@pytest.mark.parametrize("last", [_AUTH_LIST, _LOOKUP, _STATE])
+def test_whatever_fails_before_the_suspend_has_done_nothing(daemon: Daemon, last: int, refused: bool) -> None:
+    """polkit is away, or the daemon ends."""
+
+    def answer(procedure: int, serial: int, arguments: bytes) -> bytes | None:
+        if procedure == last:
+            return reply(procedure, serial, refusal(88, "no"), status=1) if refused else None
+        return running(procedure, serial, arguments)
+
+    daemon.answer = answer
+    with pytest.raises(DomainNotPaused):
+        suspend_domain(plan(daemon), time.monotonic() + patient(5))
+    assert _SUSPEND not in daemon.called
+
+
+def test_without_a_daemon_nothing_is_done(daemon: Daemon) -> None:
+    with pytest.raises(DomainNotPaused, match="no libvirt at"):
+        suspend_domain(replace(plan(daemon), socket=f"{daemon.path}-none"), time.monotonic() + patient(5))
+
+
+def test_a_suspend_whose_time_is_over_before_it_is_sent_does_not_come_late(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def last_answer(self: Libvirt, _: object) -> int:
+        self.extend(time.monotonic())
+        return NO_JOB
+
+    monkeypatch.setattr(Libvirt, "job", last_answer)
+    daemon.answer = running
+    with pytest.raises(DomainNotPaused, match="does not answer in time"):
+        suspend_domain(plan(daemon), time.monotonic() + patient(5))
+    assert _SUSPEND not in daemon.called
+
+
+@pytest.mark.parametrize(("refused", "kind"), [(True, LibvirtRefused), (False, LibvirtGone)])
+def test_a_suspend_that_was_sent_and_fails_may_have_done_something(
+    daemon: Daemon, refused: bool, kind: type[OSError]
+) -> None:
+    def answer(procedure: int, serial: int, arguments: bytes) -> bytes | None:
+        if procedure == _SUSPEND:
+            return reply(procedure, serial, refusal(38, "no"), status=1) if refused else None
+        return running(procedure, serial, arguments)
+
+    daemon.answer = answer
+    with pytest.raises(kind):
+        suspend_domain(plan(daemon), time.monotonic() + patient(5))
+
+
 def test_a_suspend_that_is_not_answered_may_come_late(daemon: Daemon) -> None:
     daemon.answer = lambda procedure, serial, arguments: (
         reply(procedure, serial)[:10] if procedure == _SUSPEND else running(procedure, serial, arguments)
@@ -300,3 +358,82 @@ def test_a_guard_with_less_rights_than_the_updater_knows_which_ways_are_none(
     assert unusable_sockets(which) == []
     monkeypatch.setattr(os, "access", lambda path, _: path != qmp.path)
     assert unusable_sockets(which) == [qmp.path]
+
+
+# -- a daemon that has lost a domain ----------------------------------------------------------------------------
+
+
+def off_or_unknown(number: int | None) -> Answer:
+    """A daemon that was restarted and could not read what it knew of a domain: off (-1), started again, or none (None)."""
+
+    def answer(procedure: int, serial: int, arguments: bytes) -> bytes | None:
+        if procedure == _LOOKUP and number is None:
+            return reply(procedure, serial, refusal(42, "Domain not found"), status=1)
+        if procedure == _LOOKUP:
+            name = struct.pack(">I", 5) + b"web-1\0\0\0" + bytes.fromhex(UUID.replace("-", ""))
+            return reply(procedure, serial, name + struct.pack(">i", number))
+        if procedure == _STATE:
+            return reply(procedure, serial, struct.pack(">ii", 5, 0))
+        return good(procedure, serial, arguments)
+
+    return answer
+
+
+def vanishing(procedure: int, serial: int, arguments: bytes) -> bytes | None:
+    """The daemon loses it between two questions."""
+    if procedure == _STATE:
+        return reply(procedure, serial, refusal(42, "Domain not found"), status=1)
+    return good(procedure, serial, arguments)
+
+
+_LOST = [
+    pytest.param(off_or_unknown(None), id="unknown"),
+    pytest.param(off_or_unknown(-1), id="off"),
+    pytest.param(off_or_unknown(8), id="another-id"),
+    pytest.param(vanishing, id="vanishing"),
+]
+
+
+@pytest.mark.parametrize("answer", _LOST)
+def test_a_domain_that_the_daemon_has_lost_is_resumed_past_it(
+    daemon: Daemon, qmp: QmpSocket, answer: Answer
+) -> None:
+    """Its process lives: it is as paused as it was."""
+    daemon.answer = answer
+    which = plan(daemon, qmp)
+    assert libvirt_condition(which) == "frozen"
+    look = look_at([which])["web-1"]
+    assert look is not None
+    assert look.condition == "frozen"
+    watch = fired(which)
+    serve(watch, lambda: watch.state == "fired")
+    assert qmp.status == "running"
+    assert libvirt_condition(which) == "running"
+
+
+@pytest.mark.parametrize("answer", _LOST)
+def test_a_domain_that_the_daemon_has_lost_is_not_over_while_its_process_lives(
+    daemon: Daemon, answer: Answer
+) -> None:
+    daemon.answer = answer
+    me = read_process(os.getpid())
+    assert me is not None
+    which = replace(plan(daemon), pid=me.pid, start_ticks=me.start_ticks)
+    for ask in (libvirt_condition, resume_domain, is_settled):
+        with pytest.raises(OSError, match=r"does not know it any more|Domain not found"):
+            ask(which)
+    assert look_at([which]) == {"web-1": None}
+
+
+@pytest.mark.parametrize("answer", _LOST)
+def test_a_domain_that_the_daemon_does_not_know_and_whose_process_has_ended_is_over(
+    daemon: Daemon, answer: Answer
+) -> None:
+    """Undefined, started again, or migrated away."""
+    daemon.answer = answer
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for which in (replace(plan(daemon), pid=ended.pid, start_ticks=1), plan(daemon)):
+        assert libvirt_condition(which) == "gone"
+        resume_domain(which)
+    assert _RESUME not in daemon.called

@@ -18,7 +18,7 @@ from caesura_testing.patience import patient
 from caesura_vmcontrol.procfs import read_process
 from caesura_vmcontrol.qemu_plans import QemuPlan, Vmm
 from caesura_vmcontrol.qmp import PeerMismatch, Qmp, QmpClosed, QmpError, QmpNoAnswer, QmpRefused
-from caesura_vmcontrol.qmp_commands import NotRunning, look, make_run
+from caesura_vmcontrol.qmp_commands import NotRunning, look, make_run, reach
 from caesura_vmcontrol.vm_control import resume_vm
 
 GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}}, "capabilities": ["oob"]}}
@@ -299,3 +299,25 @@ def test_a_guest_whose_snapshot_is_being_taken_is_held_and_not_resumed(peer: Pee
     _states(peer, "save-vm")
     assert look(own.pid, own.start_ticks, [peer.path], ours=lambda: False) == "held"
     assert _commands(peer) == ["query-status"]
+
+
+@pytest.mark.parametrize("kept_first", [True, False])
+def test_a_socket_that_another_client_keeps_leaves_time_for_the_next(
+    peer: Peer, tmp_path: Path, kept_first: bool
+) -> None:
+    """QEMU accepts one client of a socket at a time; the next one waits without a greeting."""
+    me = read_process(os.getpid())
+    assert me is not None
+
+    def part(connection: socket.socket) -> None:
+        time.sleep(0.05)  # a turn of a main loop
+        peer.greet(connection)
+
+    peer.listener.settimeout(patient(20))  # its turn comes after the other's share of the time
+    peer.play(part)
+    with socket.socket(socket.AF_UNIX) as kept:
+        kept.bind(str(tmp_path / "kept"))
+        kept.listen()
+        paths = [str(tmp_path / "kept"), peer.path]
+        with reach(me.pid, me.start_ticks, paths if kept_first else paths[::-1], within(patient(3))):
+            assert peer.heard[0]["execute"] == "qmp_capabilities"

@@ -77,7 +77,8 @@ def keep_held(view: DomainView, before: DomainView, held: Iterable[str]) -> Doma
         passed.pop(vm.domain_name, None)
         now = own.get(vm.uuid, name)
         vms[name] = view.vms[name] if own.get(vm.uuid) == name else vm
-        plan = view.plans.get(now) if vm.uuid in own else _living(before.plans.get(name), view)
+        known = before.plans.get(name)
+        plan = (view.plans.get(now) or _lost(known)) if vm.uuid in own else _living(known, view)
         if plan is not None:
             plans[name] = replace(plan, vm=name)
             memories[name] = view.memories.get(now) or before.memories.get(name) or GuestMemory()
@@ -87,12 +88,19 @@ def keep_held(view: DomainView, before: DomainView, held: Iterable[str]) -> Doma
     return replace(view, vms=vms, plans=plans, memories=memories, passed=passed)
 
 
+def _lost(plan: LibvirtPlan | None) -> LibvirtPlan | None:
+    """The plan of a domain that does not run, as the daemon says, if its process lives: a daemon that was restarted may have lost it."""
+    return plan if plan is not None and plan.pid and alive(plan.pid, plan.start_ticks) else None
+
+
 def _living(plan: LibvirtPlan | None, view: DomainView) -> LibvirtPlan | None:
     """The plan of a domain that is not found as a VM, if it runs; its next life is another one."""
-    found = view.found.get(plan.uuid) if plan is not None else None
-    if plan is None or found is None or found.number <= 0:
+    if plan is None or _lost(plan):
+        return plan
+    found = view.found.get(plan.uuid)
+    if found is None or found.number <= 0:
         return None
-    if alive(plan.pid, plan.start_ticks) if plan.pid else plan.number == found.number:
+    if not plan.pid and plan.number == found.number:
         return plan
     return replace(plan, number=found.number, pid=0, start_ticks=0, qmp=())
 

@@ -365,19 +365,22 @@ class LibvirtDriver:
         """Have libvirt suspend it, then look until it says that it is paused."""
         plan, spec = self.plans.get(vm), self.vms.get(vm)
         if plan is None or spec is None:
-            raise FreezeFailed(vm, "is not running")
-        if spec.label_error:
-            raise FreezeFailed(vm, spec.label_error)
+            untouched = vm not in self._late
+            if untouched:
+                self._untouched.add(vm)
+            raise FreezeFailed(vm, "is not running", untouched=untouched)
         self._left.pop(vm, None)
         self._untouched.add(vm)
         self._held.pausing(vm, plan)
-        await in_thread_to_its_end(f"freeze {vm}", lambda stop: self._freeze(plan, by, stop))
+        await in_thread_to_its_end(
+            f"freeze {vm}", lambda stop: self._freeze(plan, spec.label_error, by, stop)
+        )
 
-    def _freeze(self, plan: LibvirtPlan, by: float, stop: threading.Event) -> None:
+    def _freeze(self, plan: LibvirtPlan, label_error: str, by: float, stop: threading.Event) -> None:
         vm = plan.vm
         was_expected = self._late.forget(plan)
         try:
-            self._pause(plan, by, stop)
+            self._pause(plan, label_error, by, stop)
         except FreezeFailed as error:
             if not was_expected or not error.untouched:
                 raise
@@ -387,7 +390,9 @@ class LibvirtDriver:
             self._late.expect(plan)
             raise FreezeFailed(vm, f"{error.why}; an earlier pause of it was not answered") from error
 
-    def _pause(self, plan: LibvirtPlan, by: float, stop: threading.Event) -> None:
+    def _pause(self, plan: LibvirtPlan, label_error: str, by: float, stop: threading.Event) -> None:
+        if label_error:
+            raise FreezeFailed(plan.vm, label_error, untouched=True)
         untouched = False
         try:
             pause_domain(plan, by, stop)

@@ -9,7 +9,6 @@ from typing import Literal
 
 from caesura_host_updater.drivers.port import FreezeFailed, NotRunningYet
 from caesura_vmcontrol.libvirt_control import (
-    DomainLook,
     DomainNotPaused,
     DomainPausedBefore,
     domain_look,
@@ -67,19 +66,27 @@ def pause_domain(plan: LibvirtPlan, by: float, stop: threading.Event) -> None:
         raise SuspendUnanswered(vm, f"{error}; if it is paused later it is resumed at once") from error
     except OSError as error:
         raise FreezeFailed(vm, str(error)) from error
-    while (state := _look(plan).condition) != "frozen":
-        if state == "gone":
-            raise FreezeFailed(vm, "ended while it was being frozen, or was paused by something else")
+    _await_pause(plan, by, stop)
+
+
+def _await_pause(plan: LibvirtPlan, by: float, stop: threading.Event) -> None:
+    """A look that fails is followed by the next: a daemon may be busy for a moment. Raises FreezeFailed."""
+    while True:
+        try:
+            state = domain_look(plan).condition
+        except OSError as error:
+            seen = str(error)
+        else:
+            if state == "frozen":
+                return
+            if state == "gone":
+                raise FreezeFailed(
+                    plan.vm, "ended while it was being frozen, or was paused by something else"
+                )
+            seen = f"libvirt says {state}"
         if stop.is_set() or time.monotonic() >= by:
-            raise FreezeFailed(vm, f"is not paused in time: libvirt says {state}")
+            raise FreezeFailed(plan.vm, f"is not paused in time: {seen}")
         time.sleep(_STEP_S)
-
-
-def _look(plan: LibvirtPlan) -> DomainLook:
-    try:
-        return domain_look(plan)
-    except OSError as error:
-        raise FreezeFailed(plan.vm, str(error)) from error
 
 
 def _by_hand(plan: LibvirtPlan) -> str:

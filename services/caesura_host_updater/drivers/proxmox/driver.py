@@ -358,7 +358,8 @@ class ProxmoxDriver:
         """Have QEMU stop it, unless Proxmox has locked it: looked at before and after."""
         plan, spec = self._plans.get(vm), self._vms.get(vm)
         if plan is None or spec is None:
-            raise FreezeFailed(vm, "is not running")
+            self._untouched.add(vm)
+            raise FreezeFailed(vm, "is not running", untouched=True)
         self._left.pop(vm, None)
         self._untouched.add(vm)
         self._held.pausing(vm, plan)
@@ -445,10 +446,9 @@ class ProxmoxDriver:
                 if status in OVER:
                     return "gone", ""
                 why = f"QEMU says {status}"
-                if status in PASSING:
-                    why = PASSING[
-                        status
-                    ]  # it ends by itself: then the guest is paused as before, or has gone
+                if status in PASSING and plan.vm not in self._untouched:
+                    # It ends by itself: then the guest is paused as before, or has gone.
+                    why = PASSING[status]
                 elif status in NOT_OURS or plan.vm in self._untouched:
                     by = "it is paused, and not by Caesura"
                     return "left", _left_text(NOT_OURS.get(status, by), self._as_it_is(spec))
@@ -459,6 +459,8 @@ class ProxmoxDriver:
                 return "gone", ""
             except OSError as error:
                 why = str(error)
+                if plan.vm in self._untouched:
+                    return "left", f"{why}; nothing was done to it"
             if time.monotonic() >= until:
                 raise NotRunningYet(plan.vm, why)
             time.sleep(_STEP_S)

@@ -118,17 +118,24 @@ class _Line(Libvirt):
             with self._writing:  # nobody has it longer than RPC_S
                 if isinstance(self._error, LibvirtGone):
                     raise self._error
-                self._writer.settimeout(min(max(_seconds_to(by), 0.001), RPC_S))
+                self._writer.settimeout(min(self._left_until(by), RPC_S))
                 try:
                     self._writer.sendall(message)
                 except TimeoutError:
                     # A part of it may be written: what followed would be taken for the rest.
                     self._fail(LibvirtGone(f"libvirt at {self._path} does not read what it is sent"))
                     raise
-        except (TimeoutError, LibvirtGone):
+        except (TimeoutError, LibvirtGone, LibvirtSilent):
             raise
         except OSError as error:
             raise self._fail(LibvirtGone(f"libvirt at {self._path} ended the connection")) from error
+
+    def _left_until(self, by: float) -> float:
+        """Raises LibvirtSilent: a pause that is late must not be asked for at all."""
+        left = by - time.monotonic()
+        if left <= 0:
+            raise LibvirtSilent(f"libvirt at {self._path} does not answer in time")
+        return left
 
     def _receive(self) -> None:
         """In a thread, until the connection ends."""

@@ -195,6 +195,20 @@ def test_after_a_call_that_was_not_written_whole_nothing_is_written(
         assert (sent, line.is_usable) == ([], False)
 
 
+def test_a_call_whose_time_is_over_is_not_sent(daemon: Daemon) -> None:
+    """A pause that is late must not be asked for at all; the connection is as good as before."""
+    with daemon_at(daemon.path, "qemu:///system", time.monotonic() + patient(10)) as late:
+        domain = late.domain(UUID)
+        late.extend(time.monotonic())
+        with pytest.raises(LibvirtSilent, match="does not answer in time"):
+            late.suspend(domain)
+        late.extend(time.monotonic() + patient(10))
+        assert late.state(domain) == (3, 1)
+    assert _SUSPEND not in daemon.called
+    assert domain_look(_plan(daemon)).condition == "frozen"
+    assert daemon.called.count(_OPEN) == 1
+
+
 def test_a_daemon_that_ends_the_connection_is_asked_over_another_one(daemon: Daemon) -> None:
     assert domain_look(_plan(daemon)).condition == "frozen"
     daemon.answer = lambda *_: None

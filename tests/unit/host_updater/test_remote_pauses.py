@@ -191,6 +191,13 @@ async def test_a_new_pause_under_another_name_is_ours_too(world: World) -> None:
     await late.close()
 
 
+def test_another_domain_is_never_the_same_life() -> None:
+    """A daemon that was restarted gives ids again, and without a process there is nothing else."""
+    one = replace(_PLAN, pid=0, start_ticks=0)
+    assert is_same_life(one, replace(one, vm="b"))
+    assert not is_same_life(one, replace(one, vm="b", uuid=_UUID.replace("7", "6")))
+
+
 async def test_an_undoing_delays_only_a_new_pause_of_its_own_vm(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,13 +20,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Coroutine, Generator, Iterable
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import structlog
-from scripted_hosts import Host, filters_of, record_of
+from scripted_hosts import Host, Workloads, filters_of, record_of
 from storms import Storms
 
 from caesura.bus.memory import MemoryBroker, MemoryBus
@@ -148,10 +147,9 @@ class World:
             self.broker, client_id="guests", filters=[channel_of(each).filter() for each in kinds]
         )
         self.post = MessageClient(self.bus, "/caesura/bench/guests")
-        self.post.subscribe(m.SetDocument, self._document)
+        self.post.subscribe(m.SetDocument, Workloads(self.post, lambda _: "bench").on_document)
         self.post.subscribe(m.WaveChanged, self._wave)
         self.post.subscribe(m.RequestAnswered, self._answer)
-        self._seen: set[str] = set()
         self.coordinator: Coordinator | None = None
         self.messages = 0
 
@@ -163,18 +161,6 @@ class World:
         return host
 
     # -- what guests and workloads do --
-
-    async def _document(self, document: m.SetDocument, _: Received) -> None:
-        for event in document.events:
-            if event.status == "scheduled" and event.event_id not in self._seen:
-                self._seen.add(event.event_id)
-                for vm in event.resources:
-                    await self.post.send(m.VmReady(vm=vm, event_id=event.event_id, ready=True), vm=vm)
-                first = event.resources[0]
-                approved = m.VmApproved(
-                    event_id=event.event_id, set=document.set, vm=first, at=datetime.now(UTC)
-                )
-                await self.post.send(approved, instance="bench", vm=first)
 
     async def _wave(self, changed: m.WaveChanged, _: Received) -> None:
         if changed.status == "soaking":
@@ -280,7 +266,8 @@ class World:
     def _store(self) -> tuple[CoordinatorStore, SharedStore | None]:
         if not self.store_url:
             return CoordinatorStore(str(self.folder / "coordinator.sqlite")), None
-        from caesura.runtime.postgresql import PostgresOptions, PostgresRows  # noqa: PLC0415 - an extra
+        from caesura.runtime.postgresql import PostgresRows  # noqa: PLC0415 - an extra
+        from caesura.runtime.postgresql_options import PostgresOptions  # noqa: PLC0415 - an extra
 
         store, copy = working_copy()
         options = PostgresOptions(url=self.store_url, fleet="default", name="c", lease_s=60.0)
@@ -402,6 +389,13 @@ exit codes: 0 all targets were met, 1 one was missed, 2 bad usage""",
         default=200,
         help="with --mosquitto: connections that carry the hosts and agents (%(default)s)",
     )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        metavar="SECONDS",
+        default=3600.0,
+        help="with --mosquitto: give up after so long (%(default)s)",
+    )
     parser.add_argument("--no-verdict", action="store_true", help="do not time the verdict")
     parser.add_argument(
         "--profile", action="store_true", help="print where the time goes; times are larger then"
@@ -479,7 +473,13 @@ def _on_mosquitto(options: argparse.Namespace) -> int:
     sets = max(1, vms // options.per_set)
     told = asyncio.run(
         measure_on_broker(
-            vms, sets, options.domains, hosts, connections=options.connections, kills=options.kill
+            vms,
+            sets,
+            options.domains,
+            hosts,
+            connections=options.connections,
+            kills=options.kill,
+            limit_s=options.limit,
         )
     )
     if options.json:

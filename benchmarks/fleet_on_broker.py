@@ -20,7 +20,7 @@ from typing import Any
 
 import aiohttp
 from pause import percentile
-from scripted_hosts import Host, filters_of, record_of
+from scripted_hosts import Host, Workloads, filters_of, record_of
 from storms import Storms
 
 from caesura.bus.messaging import MessageClient
@@ -33,7 +33,6 @@ from caesura_testing.broker import mosquitto
 from caesura_testing.postgresql import PostgresServer
 from caesura_testing.sandbox import Sandbox
 
-_PATIENCE_S = 3600.0
 _READY_S = 600.0
 _NAMES = ("one", "two")
 _KILL_EACH = 10
@@ -71,10 +70,32 @@ class Carrier:
                 await host.post.send(m.AgentPresence(vm=each.vm, online=True, boot_id="b"), vm=each.vm)
 
 
+class Progress:
+    """Says on standard error how far it is: what takes minutes must not look like what hangs."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        """A line, with the seconds since the start before it."""
+        print(f"{time.perf_counter() - self._began:7.1f} s  {text}", file=sys.stderr, flush=True)
+
+
 class World:
     """The fleet, what its workloads do, and what is measured."""
 
-    def __init__(self, url: str, vms: int, sets: int, domains: int, hosts: int, connections: int) -> None:
+    def __init__(
+        self,
+        url: str,
+        vms: int,
+        sets: int,
+        domains: int,
+        hosts: int,
+        connections: int,
+        progress: Progress,
+    ) -> None:
+        self.progress = progress
+        self.domains = domains
         layout = Storms(vms, sets, domains, hosts)
         of_host: dict[str, list[m.VmRecord]] = {}
         for vm, group, domain, host in layout.vms:
@@ -101,7 +122,7 @@ class World:
             filters=[channel_of(each).filter() for each in kinds],
         )
         self.post = MessageClient(self.bus, "/caesura/bench")
-        self.post.subscribe(m.SetDocument, self._document)
+        self.post.subscribe(m.SetDocument, Workloads(self.post, lambda vm: f"of-{vm}").on_document)
         self.post.subscribe(m.WaveChanged, self._wave)
         self.post.subscribe(m.RolloutState, self._rollout, whole=False)
         self.post.subscribe(m.RequestAnswered, self._answer)
@@ -109,7 +130,6 @@ class World:
         self.post.subscribe(m.OperationReported, self._reported, whole=False)
         self.post.subscribe(m.CoordinatorPresence, self._presence)
         self.post.subscribe(m.CoordinatorStatus, self._status)
-        self._seen: set[str] = set()
         self.leader, self.epoch = "", 0
         self.standby = asyncio.Event()
         self.over = asyncio.Event()
@@ -132,25 +152,16 @@ class World:
 
     # -- guests and workloads --
 
-    async def _document(self, document: m.SetDocument, _: Received) -> None:
-        for event in document.events:
-            if event.status == "scheduled" and event.event_id not in self._seen:
-                self._seen.add(event.event_id)
-                for vm in event.resources:
-                    await self.post.send(m.VmReady(vm=vm, event_id=event.event_id, ready=True), vm=vm)
-                first = event.resources[0]
-                approved = m.VmApproved(
-                    event_id=event.event_id, set=document.set, vm=first, at=datetime.now(UTC)
-                )
-                await self.post.send(approved, instance=f"of-{first}", vm=first)
-
     async def _wave(self, changed: m.WaveChanged, _: Received) -> None:
         if changed.status == "started" and changed.wave not in self.started:
             self.started.add(changed.wave)
             if (changed.wave + 1) % _KILL_EACH == 0:
                 self.to_kill.put_nowait(changed.wave)
-        elif changed.status == "completed":
+        elif changed.status == "completed" and changed.wave not in self.completed:
             self.completed.add(changed.wave)
+            self.progress.say(
+                f"{len(self.completed)} waves of {self.domains}, {len(self.accepted_at)} hosts of {self.host_count}"
+            )
         elif changed.status in {"failed", "cancelled"}:
             self._halt(changed.reason)
 
@@ -202,8 +213,9 @@ class World:
         try:
             for each in (self.bus, *(carrier.bus for carrier in self.carriers)):
                 assert await each.wait_connected(_READY_S)
-            for carrier in self.carriers:
-                await carrier.report_in()
+            self.progress.say(f"{len(self.carriers)} connections, {self.host_count} hosts report in")
+            await asyncio.gather(*(carrier.report_in() for carrier in self.carriers))
+            self.progress.say("all hosts and agents are on the bus")
             yield
         finally:
             for task in tasks:
@@ -271,9 +283,26 @@ async def _quiet(health: str) -> None:
 
 
 async def measure(
+    vms: int, sets: int, domains: int, hosts: int, *, connections: int, kills: bool, limit_s: float
+) -> dict[str, Any]:
+    """One rollout over everything; the figures.
+
+    Raises:
+        SystemExit: it did not complete, or not within ``limit_s`` seconds; the text says how far it came.
+    """
+    try:
+        async with asyncio.timeout(limit_s) as limit:
+            return await _measure(vms, sets, domains, hosts, connections=connections, kills=kills)
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise SystemExit(f"fleet: not over after {limit_s:g} s (--limit); how far it came is above") from None
+
+
+async def _measure(
     vms: int, sets: int, domains: int, hosts: int, *, connections: int, kills: bool
 ) -> dict[str, Any]:
-    """One rollout over everything; the figures."""
+    progress = Progress()
     with tempfile.TemporaryDirectory(prefix="caesura-bench-") as folder:
         async with (
             mosquitto(Path(folder)) as broker,
@@ -287,7 +316,7 @@ async def measure(
                 path = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
                 environment |= {"BENCH_STEPS": f"{folder}/steps", "PYTHONPATH": path}
                 sandbox.environments[name] = ("timed_coordinator", environment)
-            world = World(broker.url, vms, sets, domains, hosts, connections)
+            world = World(broker.url, vms, sets, domains, hosts, connections, progress)
             async with world.running():
                 return await _roll(world, sandbox, Path(folder), kills=kills)
 
@@ -297,24 +326,25 @@ async def _roll(world: World, sandbox: Sandbox, folder: Path, *, kills: bool) ->
     await sandbox.start("one")
     await world.obeys()
     start_s = time.perf_counter() - began
+    world.progress.say(f"all hosts obey the coordinator, {start_s:.1f} s after its start")
     if kills:
         await sandbox.start("two")
         async with asyncio.timeout(_READY_S):
             await world.standby.wait()
     used, took_over_s = Used(), []
+    await _quiet(f"{sandbox.folder}/one.health")
     for process in sandbox.running.values():
         used.begin(process.pid)
-    await _quiet(f"{sandbox.folder}/one.health")
     steps = folder / "steps"
     steps.unlink(missing_ok=True)
     before = await _messages(f"{sandbox.folder}/one.health")
+    world.progress.say("the coordinator has taken in everything: the rollout is requested")
     began = time.perf_counter()
     policy = m.Policy(notice_s=900.0, verify_timeout_s=600.0)
     await world.post.send(m.RolloutRequested(request="q", update="bench", policy=policy), client="bench")
     killer = asyncio.create_task(_kill(world, sandbox, used, took_over_s)) if kills else None
     try:
-        async with asyncio.timeout(_PATIENCE_S):
-            await world.over.wait()
+        await world.over.wait()
         took_s = time.perf_counter() - began
         if world.halted:
             raise SystemExit(f"fleet: the rollout did not complete: {world.halted}")
@@ -368,9 +398,7 @@ async def _kill(world: World, sandbox: Sandbox, used: Used, took_over_s: list[fl
         while world.epoch == epoch:  # noqa: ASYNC110 - its claim
             await asyncio.sleep(0.01)
         took_over_s.append(time.perf_counter() - began)
-        print(
-            f"killed {killed} in wave {wave + 1}: the next led after {took_over_s[-1]:.2f} s", file=sys.stderr
-        )
+        world.progress.say(f"killed {killed} in wave {wave + 1}: the next led after {took_over_s[-1]:.2f} s")
         await sandbox.start(killed)
         used.begin(sandbox.running[killed].pid)
         async with asyncio.timeout(_READY_S):

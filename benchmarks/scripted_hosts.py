@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
@@ -47,6 +48,33 @@ def filters_of(*hosts: str) -> list[str]:
     for each in hosts:
         found += [start.filter(host=each), abort.filter(host=each)]
     return found
+
+
+class Workloads:
+    """Agents and workloads: each scheduled event is answered by the agents of its VMs, and approved for one of them, once.
+
+    Args:
+        post: their connection.
+        publisher: the metadata publisher that passes a VM's approval on.
+    """
+
+    def __init__(self, post: MessageClient, publisher: Callable[[str], str]) -> None:
+        self._post = post
+        self._publisher = publisher
+        self._answered: set[str] = set()
+
+    async def on_document(self, document: m.SetDocument, _: Received) -> None:
+        """Answer its events."""
+        for event in document.events:
+            if event.status == "scheduled" and event.event_id not in self._answered:
+                self._answered.add(event.event_id)
+                for vm in event.resources:
+                    await self._post.send(m.VmReady(vm=vm, event_id=event.event_id, ready=True), vm=vm)
+                first = event.resources[0]
+                approved = m.VmApproved(
+                    event_id=event.event_id, set=document.set, vm=first, at=datetime.now(UTC)
+                )
+                await self._post.send(approved, instance=self._publisher(first), vm=first)
 
 
 class Host:

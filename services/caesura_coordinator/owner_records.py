@@ -65,6 +65,7 @@ class OwnerRecords:
             due = self._owners.unpublished()
             await self._commits.reached()
             if not self._is_leader():
+                self._owners.not_published(vm for vm, _ in due)
                 continue
             for vm, owner in due:
                 if vm not in self._sent or self._sent[vm] != owner:

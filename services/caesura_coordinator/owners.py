@@ -40,7 +40,7 @@ class Owners:
         self._observed: dict[str, VmOwner] = {}
         """Maps a VM to the record on the bus, as far as it was received or sent."""
         self._due: set[str] = set()
-        """VMs whose record on the bus may differ from the one kept here."""
+        """VMs whose record on the bus may differ from the one kept here, without those that are on their way there."""
         self._sampled = Sampler()
         self._foreign: dict[str, frozenset[str]] = {}
         """Maps a host to the VMs that the log last reported it to name without owning them."""
@@ -110,15 +110,17 @@ class Owners:
     # -- output --------------------------------------------------------------------------------------------
 
     def unpublished(self) -> list[tuple[str, VmOwner | None]]:
-        """What must be published (None: removed) for the bus to show the records."""
-        found = []
-        for vm in sorted(self._due):
-            wanted = self._wanted(vm)
-            if wanted == self._observed.get(vm):
-                self._due.discard(vm)
-            else:
-                found.append((vm, wanted))
-        return found
+        """What must be published (None: removed) for the bus to show the records.
+
+        Each is named once, until something about it changes: with 10,000 VMs, all that wait for the broker would else be looked at for each message.
+        """
+        due, self._due = self._due, set()
+        wanted = ((vm, self._wanted(vm)) for vm in sorted(due))
+        return [(vm, owner) for vm, owner in wanted if owner != self._observed.get(vm)]
+
+    def not_published(self, vms: Iterable[str]) -> None:
+        """These were named by ``unpublished`` and will not be published: they are named again."""
+        self._due |= set(vms)
 
     def published(self, vm: str, owner: VmOwner | None) -> None:
         """The broker accepted it."""
@@ -126,6 +128,8 @@ class Owners:
             self._observed.pop(vm, None)
         else:
             self._observed[vm] = owner
+        if owner != self._wanted(vm):
+            self._due.add(vm)
 
     def contested(self) -> dict[str, Contested]:
         """The VMs that several hosts name, each with the problem and the description of one of them."""

@@ -13,7 +13,7 @@ from caesura_coordinator.store import MIGRATIONS
 from caesura_coordinator.takeover import LEFT_OUT
 
 if TYPE_CHECKING:
-    from caesura.runtime.postgresql import PostgresOptions
+    from caesura.runtime.postgresql_options import PostgresOptions
 
 
 def tables_of(version: int) -> list[str]:
@@ -68,7 +68,7 @@ def check_store(settings: CoordinatorSettings) -> None:
 
 def _options(settings: CoordinatorSettings) -> PostgresOptions:
     try:
-        from caesura.runtime.postgresql import PostgresOptions  # noqa: PLC0415 - see the module
+        from caesura.runtime.postgresql_options import PostgresOptions  # noqa: PLC0415 - see the module
     except ImportError as error:
         raise StoreSettingsError(
             f"a store in PostgreSQL needs psycopg ({error}): install caesura[postgresql]"

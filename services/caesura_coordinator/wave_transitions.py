@@ -228,6 +228,8 @@ def _fence_again(decision: Decision, wave: Wave) -> None:
     """
     if wave.fence_epoch == decision.authority.epoch:
         return
+    if wave.waiting_for and not decision.time_passed:
+        return  # while all hosts of a large fleet are in the way a look costs milliseconds, and messages come by thousands
     blockers = continuation_blockers(decision, wave)
     why, codes = join_reasons(blockers), codes_of(blockers)
     epoch = wave.fence_epoch if why else decision.authority.epoch

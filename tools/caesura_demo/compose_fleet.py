@@ -33,7 +33,7 @@ HEALTH_USER = "health"
 GRAFANA_SECRET = "grafana-admin"  # noqa: S105 - the name of a file
 STORE_SECRET = "store"  # noqa: S105 - the same
 STORE_GID = 10007
-"""Group of those that read the password of the PostgreSQL in ``deploy/compose/high-availability.yml``."""
+"""Group of those that read the password of the PostgreSQL of the profile ``ha``."""
 
 
 class User(msgspec.Struct, frozen=True):

@@ -70,7 +70,7 @@ def status(broker: str | None, *, as_json: bool) -> None:
         for each in sorted(
             fleet_view.coordinators.values(), key=lambda each: (not each.leads, each.coordinator)
         ):
-            context.console.print(Text(f"  {each.coordinator}: {_role(each)}"))
+            context.console.print(Text(f"  {each.coordinator}: {_role(each, boss.epoch if boss else 0)}"))
         silent = sorted(
             vm
             for vm, (_, record) in fleet_view.vm_places().items()
@@ -92,8 +92,10 @@ def status(broker: str | None, *, as_json: bool) -> None:
     run(body, broker, as_json=as_json)
 
 
-def _role(coordinator: m.CoordinatorStatus) -> str:
-    """What one of several coordinators does, in words."""
+def _role(coordinator: m.CoordinatorStatus, epoch: int) -> str:
+    """What one of several coordinators does, in words; ``epoch``: of the one that leads."""
+    if coordinator.leads and coordinator.epoch < epoch:  # it was killed: nobody takes back what it said last
+        return f"led with epoch {coordinator.epoch}, it has sent nothing since"
     role = "leads" if coordinator.leads else "stands by" if coordinator.online else "OFFLINE"
     if not coordinator.waits_for:
         return role

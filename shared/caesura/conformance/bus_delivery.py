@@ -11,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from caesura.bus.port import Delivery
-from caesura.conformance.bus_harness import BusHarness
+from caesura.conformance.bus_harness import BrokerCapabilities, BusHarness, requires
 from caesura.conformance.collector import Collector, running
 from caesura.conformance.patience import patient
 
@@ -58,6 +58,7 @@ class BusDelivery:
         assert {each.topic for each in one.deliveries} - {"open/end"} == {topics[0], topics[1]}
         assert {each.topic for each in rest.deliveries} == {*topics[:4], "open/end"}
 
+    @requires(BrokerCapabilities.RETAIN)
     async def test_a_late_subscriber_gets_the_newest_retained_message(self, harness: BusHarness) -> None:
         sender = await harness.bus()
         late, later = Collector(), Collector()

@@ -9,7 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from caesura.bus.port import BusUnavailable, Delivery, PublishRefused
-from caesura.conformance.bus_harness import BrokerCapabilities, BusHarness
+from caesura.conformance.bus_harness import BrokerCapabilities, BusHarness, requires
 from caesura.conformance.collector import PATIENCE_S, Collector, eventually, running
 from caesura.conformance.patience import patient
 
@@ -18,6 +18,7 @@ from caesura.conformance.patience import patient
 class BusFaults:
     """What a bus does when its broker, its connection or its handler fails."""
 
+    @requires(BrokerCapabilities.SERVE_AFTER_A_KILL)
     async def test_after_the_broker_was_killed_everything_is_subscribed_and_greeted_again(
         self,
         harness: BusHarness,
@@ -45,10 +46,10 @@ class BusFaults:
             assert listener.stats.connected
             assert listener.stats.last_error == ""
 
+    @requires(BrokerCapabilities.QUEUE_WHILE_AWAY)
     async def test_a_cut_connection_heals_and_loses_nothing_of_a_persistent_session(
         self, harness: BusHarness
     ) -> None:
-        harness.require(BrokerCapabilities.QUEUE_WHILE_AWAY)
         got = Collector()
         sender = await harness.bus()
         listener = await harness.bus("listener", filters=["open/count"], clean=False)
@@ -124,10 +125,10 @@ class BusFaults:
             await task
             await got.until_payload(b"early")
 
+    @requires(BrokerCapabilities.SAY_REFUSED)
     async def test_a_refused_publish_raises_and_leaves_the_connection_alone(
         self, harness: BusHarness
     ) -> None:
-        harness.require(BrokerCapabilities.SAY_REFUSED)
         sender = await harness.bus()
         async with running(sender):
             with pytest.raises(PublishRefused) as refusal:
@@ -137,10 +138,10 @@ class BusFaults:
         assert "denied/a" in str(refusal.value)
         assert sender.stats.connects == 1
 
+    @requires(BrokerCapabilities.SAY_REFUSED)
     async def test_of_400_publishes_at_once_exactly_the_denied_half_is_refused(
         self, harness: BusHarness
     ) -> None:
-        harness.require(BrokerCapabilities.SAY_REFUSED)
         sender = await harness.bus()
         topics = [f"{'open' if number % 2 else 'denied'}/{number}" for number in range(400)]
         async with running(sender):
@@ -155,8 +156,8 @@ class BusFaults:
                 assert result is None
         assert (sender.stats.published, sender.stats.publish_failures) == (200, 200)
 
+    @requires(BrokerCapabilities.QOS_0)
     async def test_a_slow_handler_costs_qos_0_messages_and_is_reported(self, harness: BusHarness) -> None:
-        harness.require(BrokerCapabilities.QOS_0)
         limit = 20
         go = asyncio.Event()
         got = Collector()

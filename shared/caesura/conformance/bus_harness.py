@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from enum import Enum, auto
+from typing import Any
 
 import pytest
 
@@ -24,13 +26,46 @@ class BrokerCapabilities(Enum):
     SAY_REFUSED = auto()
     TAKE_OVER = auto()
     QOS_0 = auto()
+    SERVE_AFTER_A_KILL = auto()
+    """After all of it was killed at once it serves again as soon as it runs."""
+    RETAIN = auto()
+    """The newest retained message of a topic reaches every later subscriber, at any node and by any filter."""
+
+
+_REQUIRED = "__required__"
+
+
+_Test = Callable[[Any, Any], Awaitable[None]]
+
+
+def requires(*capabilities: BrokerCapabilities) -> Callable[[_Test], _Test]:
+    """Mark a test of the suite that needs these promises: where one is missing it is left out (``leave_out``), or is an expected failure."""
+
+    def mark(test: _Test) -> _Test:
+        @functools.wraps(test)
+        async def checked(self: Any, harness: BusHarness) -> None:
+            for each in capabilities:
+                harness.require(each)
+            await test(self, harness)
+
+        setattr(checked, _REQUIRED, frozenset(capabilities))
+        return checked
+
+    return mark
+
+
+def leave_out(suite: type, missing: Mapping[BrokerCapabilities, str]) -> None:
+    """Take the tests that need a missing promise out of a suite, so that they are not collected."""
+    for name in dir(suite):
+        if getattr(getattr(suite, name), _REQUIRED, frozenset()) & missing.keys():
+            setattr(suite, name, None)
 
 
 class BusHarness(ABC):
     """A broker, buses on it, and the power to do them harm. Below ``open/`` everybody may publish, below ``denied/`` nobody."""
 
     missing: Mapping[BrokerCapabilities, str] = {}
-    """Promises that the broker does not keep, each with the reason: their tests are expected failures and are not run."""
+    """Promises that the broker does not keep, each with the reason: their tests are expected failures and are not run (``requires``)."""
     window: int = 0
     """How many QoS 1 messages may wait for the handler of a bus that cannot hold its broker back at the backlog limit; 0: it can."""
 

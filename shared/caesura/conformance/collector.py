@@ -71,6 +71,23 @@ async def running(
             await task
 
 
+@contextlib.asynccontextmanager
+async def publishing(bus: Bus, topic: str, payload: bytes) -> AsyncIterator[None]:
+    """Publish this again and again for the time of the block: for a subscriber of whom nothing says when it is one."""
+
+    async def publish() -> None:
+        while True:
+            await bus.publish(topic, payload)
+            await asyncio.sleep(0.05)
+
+    task = asyncio.create_task(publish())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 async def eventually(condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
     """Wait for something that announces itself to nobody, such as a counter.
 

@@ -74,7 +74,7 @@ def fleet(docker: Engine, checkout: Path, tmp_path_factory: pytest.TempPathFacto
     try:
         yield found
     finally:
-        project.run("down", "--volumes", "--timeout", "60", check=False)
+        project.run("--profile", "ha", "down", "--volumes", "--timeout", "60", check=False)
 
 
 @pytest.fixture(autouse=True)

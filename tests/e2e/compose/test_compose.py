@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from caesura.runtime.processes import is_stopped
-from caesura_demo.compose_fleet import compose_layout, secret_readers
+from caesura_demo.compose_fleet import STORE_SECRET, compose_layout, secret_readers
 from caesura_testing.fake_images import PYTHON
 from caesura_testing.fleet import HOSTS, Fleet, until
 from caesura_testing.prometheus import api
@@ -32,7 +32,7 @@ _STORY_S = 300.0
 """More seconds than have passed since the first rollout began."""
 _IMAGE_BYTES = 150_000_000
 _VMS = 10
-_VOLUMES = ("config", "broker", "coordinator", *HOSTS, "prometheus", "grafana")
+_VOLUMES = ("config", "broker", "coordinator", *HOSTS, "prometheus", "grafana", "store")
 _DOMAINS = {
     **{("web", str(domain)): 2.0 for domain in range(3)},
     **{("db", str(domain)): 1.0 for domain in range(3)},
@@ -162,6 +162,8 @@ def test_every_secret_is_read_by_its_reader_alone(fleet: Fleet) -> None:
         uid = int(fleet.project.inspect(service, "{{.Config.User}}").split(":")[0])
         can = set(fleet.project.run("exec", "-T", service, "sh", "-c", look).out.split())
         own = {f"secrets/{name}" for name, reader in readers.items() if reader == uid}
+        if service == "coordinator":
+            own.add(f"secrets/{STORE_SECRET}")
         if service == "broker":
             own |= {"broker/passwords", "broker/acl", "broker/mosquitto_sub"}
         assert can == own | {"broker/mosquitto.conf"}, service

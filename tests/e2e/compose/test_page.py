@@ -7,7 +7,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from caesura_testing.fleet import Fleet, until
+from caesura_testing.fleet import Fleet
 from caesura_testing.patience import patient
 
 _PAGE = Path(__file__).parents[3] / "docs" / "compose.md"
@@ -31,31 +31,6 @@ def shell(fleet: Fleet, script: str) -> str:
     return done.stdout
 
 
-def quiet(fleet: Fleet) -> None:
-    """Stop the service that starts rollouts, and bring those that it has started to their end.
-
-    The service may be stopped between its request and the coordinator's decision. A later request is decided after it,
-    so its answer means that every rollout there will be is known.
-    """
-    fleet.project.run("stop", "rollout")
-    decided = ("plan", "hypervisor-patch", "--all", "--again")
-    until(
-        lambda: fleet.caesura(*decided)[0] in {0, 3},
-        60.0,
-        lambda: f"the coordinator answers: {fleet.caesura(*decided)}",
-    )
-    for rollout in fleet.rollouts():
-        if fleet.ended(rollout)["status"] == "halted":
-            # A test before this one recreated hosts in mid-rollout, which a person has to judge: it holds its sets until then.
-            code, _, said = fleet.caesura("abort", rollout)
-            assert code == 0, said
-    until(
-        lambda: all(each["status"] in {"completed", "aborted"} for each in fleet.rollouts().values()),
-        30.0,
-        lambda: f"every rollout ends: {fleet.rollouts()}",
-    )
-
-
 def test_the_page_is_followed_from_up_to_a_consumer(fleet: Fleet) -> None:
     fleet.project.up()
     looks, freezes, consumes = _BLOCK.findall(_PAGE.read_text(encoding="utf-8"))
@@ -64,14 +39,14 @@ def test_the_page_is_followed_from_up_to_a_consumer(fleet: Fleet) -> None:
     assert "coordinator" in looked
     assert "host-1" in looked
 
-    quiet(fleet)  # "and wait for the end of what it started"
+    fleet.quiet()  # "and wait for the end of what it started"
     shell(fleet, freezes)
 
     # Another port than the page's, since this is not the only project of the machine; and it ends after one message.
     port = fleet.project.environ["CAESURA_PORT_BROKER"]
     once = consumes.replace("mosquitto_sub -p 1883", f"mosquitto_sub -p {port} -C 1 -W {int(patient(120))}")
     assert once != consumes
-    quiet(fleet)
+    fleet.quiet()
     with ThreadPoolExecutor(1) as pool:
         consumer = pool.submit(shell, fleet, once)
         while not consumer.done():  # the first may be over before the consumer has subscribed

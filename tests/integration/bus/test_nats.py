@@ -55,7 +55,7 @@ async def harness(cluster: NatsCluster) -> AsyncIterator[BusHarness]:
         yield harness
 
 
-class TestNats(BusConformance):
+class TestNats(BusConformance, missing=_MISSING):
     """The suite, without what depends on the client alone: each needs a new cluster afterwards."""
 
     test_a_publish_in_flight_fails_as_soon_as_the_broker_dies = None  # type: ignore[assignment]

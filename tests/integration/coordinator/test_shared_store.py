@@ -53,7 +53,8 @@ async def server() -> AsyncIterator[PostgresServer]:
 
 
 def rows_of(url: str, copy: WorkingCopy, **changes: Any) -> Callable[[], Any]:
-    from caesura.runtime.postgresql import PostgresOptions, PostgresRows  # noqa: PLC0415
+    from caesura.runtime.postgresql import PostgresRows  # noqa: PLC0415
+    from caesura.runtime.postgresql_options import PostgresOptions  # noqa: PLC0415
 
     version = changes.pop("version", len(MIGRATIONS))
     clock = changes.pop("clock", time.time)
@@ -498,7 +499,8 @@ async def test_a_coordinator_whose_clock_is_wrong_does_not_lead(server: Postgres
 
 async def test_a_schema_of_an_older_version_is_migrated_by_the_leader(server: PostgresServer) -> None:
     from caesura.runtime.database import Database  # noqa: PLC0415
-    from caesura.runtime.postgresql import PostgresOptions, PostgresRows  # noqa: PLC0415
+    from caesura.runtime.postgresql import PostgresRows  # noqa: PLC0415
+    from caesura.runtime.postgresql_options import PostgresOptions  # noqa: PLC0415
     from caesura.runtime.shared_rows import TableChanges, columns_of  # noqa: PLC0415
 
     older = Database(":memory:", MIGRATIONS[:3])

@@ -8,8 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -170,25 +171,32 @@ def _seen(driver: LibvirtDriver) -> Condition:
     return condition(driver.resume_plan("web-1"))
 
 
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """A folder that every user may enter. Those of pytest are closed again by each session that begins."""
+    with tempfile.TemporaryDirectory(prefix="caesura-test-") as folder:
+        path = Path(folder)
+        path.chmod(0o755)
+        yield path
+
+
 async def test_a_guard_with_a_user_of_its_own_and_a_socket_of_the_domains_own(
-    open_daemon: LibvirtDaemon, tmp_path: Path
+    open_daemon: LibvirtDaemon, open_path: Path
 ) -> None:
     """The folder of ``caesura-qmp.tmpfiles``: QEMU's user makes the socket, and by the folder it is our group's. It is a way past a
     daemon that hangs, too.
     """
     kind, _, mode, *_ = (_UNITS / "libvirt" / "caesura-qmp.tmpfiles").read_text().splitlines()[-1].split()
     assert kind == "d"
-    for each in (tmp_path, *tmp_path.parents[:2]):
-        each.chmod(0o755)
     ours = ("--reuid=daemon", "--regid=daemon", "--clear-groups")
-    qmp, folder = tmp_path / "qmp", tmp_path / "state"
+    qmp, folder = open_path / "qmp", open_path / "state"
     for each, user in ((qmp, "nobody"), (folder, "daemon")):
         each.mkdir()
         shutil.chown(each, user, "daemon")
     qmp.chmod(int(mode, 8))
     folder.chmod(0o700)
     open_daemon.define("web-1", own_qmp=True, qmp_dir=qmp)
-    driver = _driver(open_daemon, tmp_path / "driver")
+    driver = _driver(open_daemon, open_path / "driver")
     await driver.open()
     plan = driver.resume_plan("web-1")
     assert plan.qmp[0] == str(qmp / "web-1.qmp")

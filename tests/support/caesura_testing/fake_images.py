@@ -20,6 +20,7 @@ BASE = "caesura-stand-in:base"
 PYTHON = "python:3.11.11-slim-bookworm"
 BROKER = "eclipse-mosquitto:2.0.20"
 PROMETHEUS = "prom/prometheus:v2.53.3"
+DATABASE = "postgres:15.14-bookworm"
 WITHOUT_STAND_IN = ("grafana",)
 
 _SUITE = "bookworm"
@@ -52,6 +53,35 @@ _RECIPES = {
         CMD ["--config.file=/etc/prometheus/prometheus.yml", "--storage.tsdb.path=/prometheus"]
     """,
 }
+_DATABASE_PACKAGE = "postgresql-15"
+_NOT_NEEDED = ("libc6", "libc-bin", "libllvm", "libperl", "libz3", "locales", "perl")
+"""Packages that the database's depends on, and that are in the base or of no use there, by the beginnings of their names."""
+_DATABASE_FILES = ("lib/postgresql", "lib/x86_64-linux-gnu", "share/postgresql", "share/zoneinfo")
+# 3777, as in the image: an engine may give a tmpfs the mode of the folder that is below it.
+_DATABASE_RECIPE = r"""
+    COPY usr /usr
+    COPY entrypoint /usr/local/bin/docker-entrypoint.sh
+    RUN ldconfig && groupadd -o --gid 999 postgres && \
+        useradd -o --no-create-home --uid 999 --gid 999 --home-dir /var/lib/postgresql postgres && \
+        install -d -m 3777 -o 999 -g 999 /var/run/postgresql && \
+        install -d -o 999 -g 999 /var/lib/postgresql && install -d -m 700 -o 999 -g 999 /var/lib/postgresql/data
+    ENV PATH=/usr/lib/postgresql/15/bin:/usr/local/bin:/usr/bin:/bin LANG=C.UTF-8 PGDATA=/var/lib/postgresql/data
+    VOLUME ["/var/lib/postgresql/data"]
+    STOPSIGNAL SIGINT
+    ENTRYPOINT ["docker-entrypoint.sh"]
+    CMD ["postgres"]
+"""
+_DATABASE_ENTRYPOINT = r"""#!/bin/sh
+# As much of the image's own entry point as docker-compose.yml relies on.
+set -eu
+if [ ! -s "$PGDATA/PG_VERSION" ]; then
+  # shellcheck disable=SC2086 # several words
+  initdb -D "$PGDATA" --username="$POSTGRES_USER" --pwfile="$POSTGRES_PASSWORD_FILE" ${POSTGRES_INITDB_ARGS:-}
+  echo "host all all all scram-sha-256" >>"$PGDATA/pg_hba.conf"
+  echo "CREATE DATABASE \"$POSTGRES_DB\"" | postgres --single -D "$PGDATA" postgres
+fi
+exec "$@" -c listen_addresses='*'
+"""
 
 
 def compose_plugin(cache: Path) -> Path:
@@ -69,27 +99,73 @@ def build_stand_ins(engine: Engine, cache: Path) -> None:
     Raises:
         CannotRun: packages cannot be had.
     """
-    stamp = blake2b(repr((_SUITE, _PACKAGES, _RECIPES)).encode(), digest_size=8).hexdigest()
-    label = f"org.caesura.stand-in={stamp}"
-    have = engine.run(
-        "images", "--filter", f"label={label}", "--format", "{{.Repository}}:{{.Tag}}"
-    ).out.split()
-    if set(_RECIPES) <= set(have):
-        return
+    label = _label(_SUITE, _PACKAGES, _RECIPES)
+    have = _labelled(engine, label)
+    if not set(_RECIPES) <= have:
+        _build_from_base(engine, cache, label, with_base=BASE not in have)
+    of_database = _label(
+        label, _DATABASE_PACKAGE, _NOT_NEEDED, _DATABASE_FILES, _DATABASE_RECIPE, _DATABASE_ENTRYPOINT
+    )
+    if DATABASE not in _labelled(engine, of_database):
+        _build_database(engine, cache, of_database)
+
+
+def _label(*parts: object) -> str:
+    return f"org.caesura.stand-in={blake2b(repr(parts).encode(), digest_size=8).hexdigest()}"
+
+
+def _labelled(engine: Engine, label: str) -> set[str]:
+    """The images with this label."""
+    said = engine.run("images", "--filter", f"label={label}", "--format", "{{.Repository}}:{{.Tag}}").out
+    return set(said.split())
+
+
+def _build_from_base(engine: Engine, cache: Path, label: str, *, with_base: bool) -> None:
     programs = _fetched(cache)
     with tempfile.TemporaryDirectory(prefix="caesura-stand-in-", dir=cache) as name:
         folder = Path(name)
-        if BASE not in have:
+        if with_base:
             _import_base(engine, folder, label)
         for program in ("prometheus", "promtool"):
             shutil.copy2(programs / program, folder / program)
         # A machine behind a proxy of its own trusts more than Debian does.
         shutil.copy2("/etc/ssl/certs/ca-certificates.crt", folder / "ca-certificates.crt")
         for tag, recipe in _RECIPES.items():
-            (folder / "Dockerfile").write_text(f"FROM {BASE}\n{recipe}\n", encoding="utf-8")
-            # The classic builder: BuildKit would need the plugin buildx, and these recipes do not need BuildKit.
-            classic = {"DOCKER_BUILDKIT": "0"}
-            engine.run("build", "--quiet", "--label", label, "-t", tag, ".", cwd=folder, environ=classic)
+            _build(engine, folder, tag, recipe, label)
+
+
+def _build(engine: Engine, folder: Path, tag: str, recipe: str, label: str) -> None:
+    (folder / "Dockerfile").write_text(f"FROM {BASE}\n{recipe}\n", encoding="utf-8")
+    # The classic builder: BuildKit would need the plugin buildx, and these recipes do not need BuildKit.
+    classic = {"DOCKER_BUILDKIT": "0"}
+    engine.run("build", "--quiet", "--label", label, "-t", tag, ".", cwd=folder, environ=classic)
+
+
+def _build_database(engine: Engine, cache: Path, label: str) -> None:
+    """PostgreSQL's files as its packages have them: an installation would make a cluster of its own."""
+    with tempfile.TemporaryDirectory(prefix="caesura-stand-in-", dir=cache) as name:
+        folder = Path(name)
+        unpacked = folder / "packages"
+        apt = _apt(folder / "apt", _SUITE)
+        _do(*apt, "--yes", "--no-install-recommends", "--download-only", "install", _DATABASE_PACKAGE)
+        for package in (folder / "apt" / "cache" / "archives").glob("*.deb"):
+            if not package.name.startswith(_NOT_NEEDED):
+                _do("dpkg-deb", "-x", str(package), str(unpacked))
+        context = folder / "context"
+        for each in _DATABASE_FILES:
+            for place in (
+                unpacked / each,
+                unpacked / "usr" / each,
+            ):  # the first of what is older than /usr for all
+                if place.is_dir():
+                    # Without LLVM there is no compilation of queries.
+                    without = shutil.ignore_patterns("bitcode", "llvmjit*")
+                    shutil.copytree(
+                        place, context / "usr" / each, symlinks=True, ignore=without, dirs_exist_ok=True
+                    )
+        (context / "entrypoint").write_text(_DATABASE_ENTRYPOINT, encoding="utf-8")
+        (context / "entrypoint").chmod(0o755)
+        _build(engine, context, DATABASE, _DATABASE_RECIPE, label)
 
 
 def _import_base(engine: Engine, folder: Path, label: str) -> None:
@@ -119,20 +195,9 @@ def _fetched(cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fetch-", dir=cache) as name:
         folder = Path(name)
-        for each in ("lists/partial", "cache/archives/partial", "programs", "unpacked"):
-            (folder / each).mkdir(parents=True)
-        keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
-        source = f"deb [signed-by={keyring}] {debian_mirror()} {_NEWER} main\n"
-        (folder / "sources.list").write_text(source, encoding="utf-8")
-        options = [
-            f"Dir::Etc::sourcelist={folder}/sources.list",
-            "Dir::Etc::sourceparts=-",
-            f"Dir::State::lists={folder}/lists",
-            f"Dir::Cache={folder}/cache",
-            "APT::Sandbox::User=root",
-        ]
-        apt = ["apt-get", "-qq", *(word for each in options for word in ("-o", each))]
-        _do(*apt, "update")
+        for each in ("programs", "unpacked"):
+            (folder / each).mkdir()
+        apt = _apt(folder / "apt", _NEWER)
         _do(*apt, "download", *(f"{each}/{_NEWER}" for each in _NEWER_PACKAGES), cwd=folder)
         for package in folder.glob("*.deb"):
             _do("dpkg-deb", "-x", str(package), str(folder / "unpacked"))
@@ -144,6 +209,27 @@ def _fetched(cache: Path) -> Path:
             shutil.copy2(folder / "unpacked" / path, folder / "programs")
         (folder / "programs").rename(place)
     return place
+
+
+def _apt(folder: Path, suite: str) -> list[str]:
+    """apt-get for another suite, or for a machine that has no package; nothing of this machine is read or changed. Its lists are fetched."""
+    for each in ("lists/partial", "cache/archives/partial"):
+        (folder / each).mkdir(parents=True)
+    keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
+    source = f"deb [signed-by={keyring}] {debian_mirror()} {suite} main\n"
+    (folder / "sources.list").write_text(source, encoding="utf-8")
+    (folder / "status").touch()
+    options = [
+        f"Dir::Etc::sourcelist={folder}/sources.list",
+        "Dir::Etc::sourceparts=-",
+        f"Dir::State::lists={folder}/lists",
+        f"Dir::State::status={folder}/status",
+        f"Dir::Cache={folder}/cache",
+        "APT::Sandbox::User=root",
+    ]
+    apt = ["apt-get", "-qq", *(word for each in options for word in ("-o", each))]
+    _do(*apt, "update")
+    return apt
 
 
 def debian_mirror() -> str:

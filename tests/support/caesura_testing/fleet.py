@@ -173,6 +173,30 @@ class Fleet:
             if state["status"] not in {"completed", "aborted"}:
                 self.caesura("abort", rollout)
 
+    def quiet(self) -> None:
+        """Stop the service that starts rollouts, and bring those that it has started to their end.
+
+        The service may be stopped between its request and the coordinator's decision. A later request is decided after it,
+        so its answer means that every rollout there will be is known.
+        """
+        self.project.run("stop", "rollout")
+        decided = ("plan", "hypervisor-patch", "--all", "--again")
+        until(
+            lambda: self.caesura(*decided)[0] in {0, 3},
+            60.0,
+            lambda: f"the coordinator answers: {self.caesura(*decided)}",
+        )
+        for rollout in self.rollouts():
+            if self.ended(rollout)["status"] == "halted":
+                # A test before this one recreated hosts in mid-rollout, which a person has to judge: it holds its sets until then.
+                code, _, said = self.caesura("abort", rollout)
+                assert code == 0, said
+        until(
+            lambda: all(each["status"] in {"completed", "aborted"} for each in self.rollouts().values()),
+            30.0,
+            lambda: f"every rollout ends: {self.rollouts()}",
+        )
+
     def query(self, expression: str) -> dict[tuple[str, ...], float]:
         """An instant query: values by (set, update domain) or whatever labels there are, without the metric's name."""
         url = f"{self.prometheus_url}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"

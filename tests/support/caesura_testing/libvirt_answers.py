@@ -60,13 +60,11 @@ def with_job(operation: int) -> Answer:
     return answer
 
 
-class Daemon:
-    """Answers as a test says."""
+class _Peer:
+    """What listens at a socket in a thread, until it is closed."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
-        self.answer: Answer = good
-        self.called: list[int] = []
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(self.path)
         self._listener.listen()
@@ -78,13 +76,32 @@ class Daemon:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            threading.Thread(target=self._talk, args=(connection,), daemon=True).start()
+            self._accepted(connection)
+
+    def _accepted(self, connection: socket.socket) -> None:
+        """One client after the other."""
+        with suppress(OSError), connection:
+            self._talk(connection)
 
     def _talk(self, connection: socket.socket) -> None:
-        with suppress(OSError), connection:
-            self._answer(connection)
+        raise NotImplementedError
 
-    def _answer(self, connection: socket.socket) -> None:
+    def close(self) -> None:
+        self._listener.close()
+
+
+class Daemon(_Peer):
+    """Answers as a test says, all clients side by side."""
+
+    def __init__(self, path: Path) -> None:
+        self.answer: Answer = good
+        self.called: list[int] = []
+        super().__init__(path)
+
+    def _accepted(self, connection: socket.socket) -> None:
+        threading.Thread(target=super()._accepted, args=(connection,), daemon=True).start()
+
+    def _talk(self, connection: socket.socket) -> None:
         while head := connection.recv(4, socket.MSG_WAITALL):
             data = connection.recv(struct.unpack(">I", head)[0] - 4, socket.MSG_WAITALL)
             _, _, procedure, _, serial, _ = struct.unpack_from(">IIiiII", data)
@@ -94,29 +111,13 @@ class Daemon:
                 return
             connection.sendall(answer)
 
-    def close(self) -> None:
-        self._listener.close()
 
-
-class QmpSocket:
+class QmpSocket(_Peer):
     """A QEMU whose guest is in a state, as its QMP socket tells; ``cont`` resumes one that is paused."""
 
     def __init__(self, path: Path, status: str = "paused") -> None:
-        self.path = str(path)
         self.status = status
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(self.path)
-        self._listener.listen()
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            with suppress(OSError), connection:
-                self._talk(connection)
+        super().__init__(path)
 
     def _talk(self, connection: socket.socket) -> None:
         connection.sendall(b'{"QMP": {"version": {}, "capabilities": []}}\n')
@@ -129,6 +130,3 @@ class QmpSocket:
                 self.status = "running"
             said = {"return": answer} | ({"id": request["id"]} if "id" in request else {})
             connection.sendall(json.dumps(said).encode() + b"\n")
-
-    def close(self) -> None:
-        self._listener.close()

@@ -1013,6 +1013,21 @@ def test_a_coordinator_that_returns_commands_no_freeze_while_a_host_of_the_set_h
     assert story.give(Tick()).commands() == ["StartOperation"]
 
 
+def test_while_hosts_are_in_the_way_a_message_is_no_reason_to_look_at_all_of_them_again(story: Story) -> None:
+    """A leader that takes over a large fleet receives thousands before its hosts obey it; the clock comes a few times a second."""
+    story.started()
+    whole = story.fleet
+    story.rollout = after_restart(story.rollout, story.now)
+    story.authority = Authority(coordinator="c2", epoch=3)
+    assert story.give(Tick()).commands() == []
+    assert story.wave.waiting_for
+    for inventory in whole.inventories.values():
+        story.fleet = _told(story.fleet, msgspec.structs.replace(inventory, epoch=3, coordinator="c2"))
+    ready = m.VmReady(vm="w1", event_id=story.wave.events[0].event_id, ready=True)
+    assert story.give(ready).commands() == []
+    assert story.give(Tick()).commands() == ["StartOperation"]
+
+
 def test_a_coordinator_that_returns_goes_on_with_its_own_pause(story: Story) -> None:
     story.started()
     mine = story.wave.operations[0].operation

@@ -15,7 +15,7 @@ from caesura.contract import messages as m
 from caesura.contract.codec import Received, decode, encode
 from caesura.contract.topics import channel_of
 from caesura_ctl import errors, options
-from caesura_ctl.commands.inspect import _print_message
+from caesura_ctl.commands.inspect import _print_message, _role
 from caesura_ctl.console import VisibleConsole, visible, visible_json
 from caesura_ctl.errors import fail
 from caesura_ctl.options import Context, print_json
@@ -83,3 +83,14 @@ def test_letters_of_all_languages_stay() -> None:
     text = "Grüße, здравствуй, 你好, שלום, line\nbreak\tand tab"
     assert visible(text) == text
     assert visible_json(msgspec.json.encode(text)) == msgspec.json.encode(text).decode()
+
+
+def test_a_leader_that_was_killed_is_not_shown_as_one() -> None:
+    """Its last word stays on the bus: only the epoch of the next one tells."""
+    killed = m.CoordinatorStatus(coordinator="one", online=True, leads=True, epoch=4)
+    assert _role(killed, 4) == "leads"
+    assert _role(killed, 5) == "led with epoch 4, it has sent nothing since"
+    stands_by = m.CoordinatorStatus(
+        coordinator="two", online=True, leads=False, epoch=3, waits_for="another coordinator leads"
+    )
+    assert _role(stands_by, 5) == "stands by: another coordinator leads"

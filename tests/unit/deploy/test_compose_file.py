@@ -78,7 +78,7 @@ def test_ports_are_published_on_this_machine_only_and_each_can_be_changed(servic
 
 
 def test_every_service_comes_back_and_is_waited_for(services: dict[str, Any]) -> None:
-    once = {"setup", "caesura"}
+    once = {"setup", "caesura", "store"}
     for name, service in services.items():
         assert service["restart"] == ("no" if name in once else "unless-stopped")
         if name not in once | {"rollout"}:
@@ -265,33 +265,23 @@ def test_the_broker_settings_are_those_of_a_real_fleet_but_for_tls() -> None:
     assert "allow_anonymous false" in ours
 
 
-def test_the_script_of_a_host_is_posix_sh() -> None:
+@pytest.mark.parametrize("name", ["host.sh", "coordinator.sh"])
+def test_scripts_of_containers_are_posix_sh(name: str) -> None:
     shell = shutil.which("dash") or "sh"
-    script = str(_ROOT / "deploy" / "compose" / "host.sh")
+    script = str(_ROOT / "deploy" / "compose" / name)
     assert subprocess.run([shell, "-n", script], check=False).returncode == 0
 
 
-def test_the_file_with_two_coordinators_fits_the_code_and_has_as_few_rights(tmp_path: Path) -> None:
-    merged = {name: dict(service) for name, service in yaml.safe_load(_COMPOSE)["services"].items()}
-    added = yaml.safe_load(
-        (_ROOT / "deploy" / "compose" / "high-availability.yml").read_text(encoding="utf-8")
-    )
-    for name, service in added["services"].items():
-        known = merged.get(name, {})
-        environment = {**known.get("environment", {}), **service["environment"]}
-        merged[name] = {**known, **service, "environment": environment}
+def test_two_coordinators_share_a_store_and_nothing_else(services: dict[str, Any], tmp_path: Path) -> None:
+    script, mark, store, password = services["coordinator"]["command"]
+    services["coordinator"]["environment"] |= {
+        "CAESURA_COORDINATOR_STORE": store,
+        "CAESURA_COORDINATOR_STORE_PASSWORD_FILE": password,
+    }
     stores = set()
-    for name in ("database", "coordinator", "coordinator-2"):
-        service = merged[name]
-        assert service["read_only"] is True
-        assert service["cap_drop"] == ["ALL"]
-        assert service["security_opt"] == ["no-new-privileges:true"]
-        assert service["restart"] == "unless-stopped"
-        assert "ports" not in service
+    for name in ("coordinator", "coordinator-2"):
+        service = services[name]
         assert service["group_add"] == [str(secret_readers(compose_layout())[STORE_SECRET])]
-        if name == "database":
-            assert service["environment"]["POSTGRES_PASSWORD_FILE"] == f"/etc/caesura/secrets/{STORE_SECRET}"
-            continue
         environ = dict(service["environment"])
         for given in ("CAESURA_COORDINATOR_BROKER_PASSWORD_FILE", "CAESURA_COORDINATOR_STORE_PASSWORD_FILE"):
             secret = Path(environ[given])
@@ -305,4 +295,34 @@ def test_the_file_with_two_coordinators_fits_the_code_and_has_as_few_rights(tmp_
         assert service["user"] == f"{user.uid}:{user.uid}"
         stores.add((read.store, read.store_password.reveal(), read.fleet, read.broker_url, read.lease_s))
     assert len(stores) == 1, "what all must have alike"
-    assert len({merged[name]["user"] for name in merged}) == len(merged)
+    database = services["database"]
+    assert database["environment"]["POSTGRES_PASSWORD_FILE"] == password
+    assert database["group_add"] == services["coordinator"]["group_add"]
+    assert "ports" not in database
+    assert f"deploy/compose/coordinator.sh /usr/local/bin/{script}" in _DOCKERFILE
+    assert Path(mark).parent == Path("/var/lib/caesura-store")
+
+
+def test_there_is_no_second_store_before_the_mark_of_the_first(services: dict[str, Any]) -> None:
+    """Should the mark not be made, the coordinator has SQLite, as without the profile, and is the only one."""
+    profiles = {name: service["profiles"] for name, service in services.items() if "profiles" in service}
+    assert profiles == {
+        "caesura": ["tools"],
+        "store": ["ha"],
+        "database": ["ha"],
+        "coordinator-2": ["ha"],
+    }
+    for name in ("database", "coordinator-2"):
+        assert services[name]["depends_on"]["store"] == {"condition": "service_completed_successfully"}
+    _, mark, *_ = services["coordinator"]["command"]
+    marks = services["store"]
+    assert f"until touch {mark};" in marks["command"][-1], "it has made the mark, or it has not ended"
+    assert marks["depends_on"] == {}, "nothing that fails comes before it"
+    assert marks["volumes"] == ["store:/var/lib/caesura-store"]
+    assert "store:/var/lib/caesura-store:ro" in services["coordinator"]["volumes"]
+    uid = marks["user"].split(":")[0]
+    assert f"-o {uid} -g {uid} /var/lib/caesura-store" in _DOCKERFILE, "its volume begins as this"
+    assert services["coordinator"]["depends_on"]["store"] == {
+        "condition": "service_completed_successfully",
+        "required": False,
+    }

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from caesura.runtime.command import run_service
-from caesura.runtime.postgresql import PostgresOptions
+from caesura.runtime.postgresql_options import PostgresOptions
 from caesura.runtime.settings import Secret
 from caesura.runtime.shared_rows import WrongStore
 from caesura_coordinator.settings import CoordinatorSettings

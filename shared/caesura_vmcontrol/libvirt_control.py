@@ -123,7 +123,7 @@ def _said_by_daemon(
     left = list(plans)
     while left and time.monotonic() < until:
         try:
-            connection = Libvirt(*place, min(until, time.monotonic() + _DAEMON_S), RPC_S)
+            connection = daemon_at(*place, min(until, time.monotonic() + _DAEMON_S), RPC_S)
         except OSError:
             break
         with suppress(OSError), connection as daemon:

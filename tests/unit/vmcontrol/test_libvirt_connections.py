@@ -1,4 +1,4 @@
-"""One connection to a daemon for all domains: authenticated once, ahead of a pause, and given up when a call on it is not answered."""
+"""Few connections to a daemon for all domains: authenticated ahead of a pause, and given up when a call on one is not answered."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from caesura_vmcontrol.libvirt_connections import daemon_at, open_ahead
 from caesura_vmcontrol.libvirt_control import domain_look, resume_domain
 from caesura_vmcontrol.libvirt_rpc import Libvirt, LibvirtGone, LibvirtPlan, LibvirtRefused, LibvirtSilent
 
-_AUTH_LIST, _AUTH_POLKIT, _OPEN, _STATE, _RESUME, _SUSPEND = 66, 70, 1, 212, 28, 34
+_AUTH_LIST, _AUTH_POLKIT, _OPEN, _LOOKUP, _STATE, _RESUME, _SUSPEND = 66, 70, 1, 24, 212, 28, 34
 
 
 class Polkit:
@@ -57,11 +57,21 @@ def polkit(daemon: Daemon) -> Iterator[Polkit]:
     made.go.set()
 
 
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may take long for an answer."""
+    for module in (libvirt_connections, libvirt_control):
+        monkeypatch.setattr(module, "RPC_S", patient(20))
+    monkeypatch.setattr(libvirt_connections, "OPENING_S", patient(60))
+    monkeypatch.setattr(libvirt_control, "_DAEMON_S", patient(60))
+
+
 def _plan(daemon: Daemon) -> LibvirtPlan:
     return LibvirtPlan("web-1", daemon.path, "qemu:///system", UUID, 7, 0, 0)
 
 
-def test_many_looks_and_resumes_at_once_are_authenticated_once(daemon: Daemon, polkit: Polkit) -> None:
+@pytest.mark.usefixtures("unhurried")
+def test_many_looks_and_resumes_at_once_need_few_connections(daemon: Daemon, polkit: Polkit) -> None:
     """A connection for each look at each domain never got through polkit's queue in time."""
     plan = _plan(daemon)
     with ThreadPoolExecutor(30) as threads:
@@ -69,9 +79,11 @@ def test_many_looks_and_resumes_at_once_are_authenticated_once(daemon: Daemon, p
         list(threads.map(lambda _: resume_domain(plan), range(60)))
     assert looks == ["frozen"] * 60
     assert daemon.called.count(_RESUME) == 60
-    assert (daemon.called.count(_AUTH_POLKIT), daemon.called.count(_OPEN)) == (1, 1)
+    assert 1 <= daemon.called.count(_AUTH_POLKIT) <= 5
+    assert 1 <= daemon.called.count(_OPEN) <= 5
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_it_is_authenticated_ahead(daemon: Daemon, polkit: Polkit) -> None:
     open_ahead([_plan(daemon)])
     assert polkit.asked.wait(patient(10))
@@ -105,6 +117,7 @@ def test_a_domain_with_another_way_out_does_not_wait_for_polkit(
     assert domain_look(replace(_plan(daemon), qmp=("/q",))).condition == "running"
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_a_refusal_is_told_to_all_and_asked_again(daemon: Daemon) -> None:
     refused = True
 
@@ -120,22 +133,105 @@ def test_a_refusal_is_told_to_all_and_asked_again(daemon: Daemon) -> None:
     assert domain_look(_plan(daemon)).condition == "frozen"
 
 
-def test_after_a_call_without_an_answer_others_get_another_connection(daemon: Daemon) -> None:
-    go = threading.Event()
+@pytest.mark.usefixtures("unhurried")
+def test_while_a_call_is_not_answered_others_get_another_connection(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs, go = threading.Event(), threading.Event()
 
     def answer(procedure: int, serial: int, arguments: bytes) -> bytes | None:
-        if procedure == _STATE and not go.is_set():
-            go.set()
-            time.sleep(patient(0.2))
+        if procedure == _STATE and not hangs.is_set():
+            hangs.set()
+            go.wait()
         return good(procedure, serial, arguments)
 
     daemon.answer = answer
-    with daemon_at(daemon.path, "qemu:///system", time.monotonic() + patient(10), 0.02) as slow:
+    with daemon_at(daemon.path, "qemu:///system", time.monotonic() + patient(60)) as slow:
         domain = slow.domain(UUID)
-        with pytest.raises(LibvirtSilent, match="does not answer in time"):
-            slow.state(domain)
-        assert domain_look(_plan(daemon)).condition == "frozen"
-        assert daemon.called.count(_OPEN) == 2
+        slow.extend(time.monotonic() + patient(0.2))
+        try:
+            with pytest.raises(LibvirtSilent, match="does not answer in time"):
+                slow.state(domain)
+            assert hangs.wait(patient(60))
+            with monkeypatch.context() as patched:
+                patched.setattr(libvirt_connections, "RPC_S", 0.001)  # shorter than what has passed
+                assert domain_look(_plan(daemon)).condition == "frozen"
+            assert daemon.called.count(_OPEN) == 2
+        finally:
+            go.set()
+
+
+@pytest.mark.usefixtures("unhurried")
+def test_who_had_little_time_left_spoils_the_connection_for_nobody(daemon: Daemon) -> None:
+    """It would be opened, and authenticated, again: in a pause, and again and again where the daemon is slow."""
+    go = threading.Event()
+
+    def answer(procedure: int, serial: int, arguments: bytes) -> bytes | None:
+        if procedure == _STATE:
+            go.wait()
+        return good(procedure, serial, arguments)
+
+    daemon.answer = answer
+    with daemon_at(daemon.path, "qemu:///system", time.monotonic() + patient(60)) as hurried:
+        domain = hurried.domain(UUID)
+        hurried.extend(time.monotonic() + patient(0.05))
+        with pytest.raises(LibvirtSilent):
+            hurried.state(domain)
+    go.set()
+    assert domain_look(_plan(daemon)).condition == "frozen"
+    assert daemon.called.count(_OPEN) == 1
+
+
+@pytest.mark.usefixtures("unhurried")
+def test_many_domains_of_a_slow_daemon_are_resumed_one_after_the_other(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a turn for each call all would be half-way when their time is over, and begin again."""
+    monkeypatch.setattr(libvirt_connections, "_MOST_CONNECTIONS", 1)
+    plan = _plan(daemon)
+    open_ahead([plan])
+    with ThreadPoolExecutor(30) as threads:
+        list(threads.map(lambda _: resume_domain(plan), range(30)))
+    for nth, at in enumerate(at for at, called in enumerate(daemon.called) if called == _RESUME):
+        assert daemon.called[:at].count(_LOOKUP) <= nth + 4
+
+
+@pytest.mark.usefixtures("unhurried")
+def test_many_users_have_as_many_calls_under_way_as_the_daemon_has_workers(daemon: Daemon) -> None:
+    """A suspend takes as long as its domain's disks need to be flushed."""
+    all_have_one = threading.Barrier(20)
+
+    def suspend(_: int) -> None:
+        with daemon_at(daemon.path, "qemu:///system", time.monotonic() + patient(60)) as shared:
+            domain = shared.domain(UUID)
+            all_have_one.wait(patient(60))
+            shared.suspend(domain)
+
+    open_ahead([replace(_plan(daemon), vm=f"web-{number}") for number in range(60)])
+    with ThreadPoolExecutor(20) as threads:
+        list(threads.map(suspend, range(20)))
+    assert daemon.called.count(_SUSPEND) == 20
+    assert daemon.called.count(_OPEN) == 5
+
+
+@pytest.mark.usefixtures("unhurried")
+def test_a_host_that_cannot_start_a_thread_has_a_connection_of_its_own(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if "open libvirt" in thread.name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        open_ahead([_plan(daemon)])
+        with daemon_at(daemon.path, "qemu:///system", time.monotonic() + patient(10)) as own:
+            domain = own.domain(UUID)
+    assert domain.number == 7
+    assert domain_look(_plan(daemon)).condition == "frozen", "it is shared again as soon as there are threads"
 
 
 def test_a_pause_that_takes_long_keeps_no_other_domain_waiting(
@@ -184,7 +280,8 @@ def test_after_a_call_that_was_not_written_whole_nothing_is_written(
     monkeypatch.setattr(Libvirt, "_connect", connect)
     monkeypatch.setattr(Libvirt, "_authenticate", lambda _: None)
     monkeypatch.setattr(Libvirt, "_call", lambda *_: b"")
-    line = libvirt_connections._Line(path, "qemu:///system", time.monotonic() + patient(10))
+    until = time.monotonic() + patient(10)
+    line = libvirt_connections._SharedConnection(path, "qemu:///system", until, lambda: None)
     sent: list[int] = []
     much = bytes(8 << 20)
     with theirs:
@@ -193,8 +290,10 @@ def test_after_a_call_that_was_not_written_whole_nothing_is_written(
         with pytest.raises(LibvirtGone, match="does not read what it is sent"):
             line.ask(1, b"", time.monotonic() + patient(10), 60, lambda: sent.append(1))
         assert (sent, line.is_usable) == ([], False)
+    line.close()
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_a_call_whose_time_is_over_is_not_sent(daemon: Daemon) -> None:
     """A pause that is late must not be asked for at all; the connection is as good as before."""
     with daemon_at(daemon.path, "qemu:///system", time.monotonic() + patient(10)) as late:
@@ -209,6 +308,7 @@ def test_a_call_whose_time_is_over_is_not_sent(daemon: Daemon) -> None:
     assert daemon.called.count(_OPEN) == 1
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_a_daemon_that_ends_the_connection_is_asked_over_another_one(daemon: Daemon) -> None:
     assert domain_look(_plan(daemon)).condition == "frozen"
     daemon.answer = lambda *_: None

@@ -1,7 +1,7 @@
 """The ``libvirt`` driver: the port's verbs over domains.
 
-Domains are found, and noticed by libvirt's events when they come, go or change their labels. A pause and its end go over a
-connection of the RPC as the pause guard has one, opened ahead; everything else over the binding's connection.
+Domains are found, and noticed by libvirt's events when they come, go or change their labels. A pause and its end go over
+connections of the RPC as the pause guard has them, opened ahead; everything else over the binding's connection.
 """
 
 from __future__ import annotations
@@ -358,7 +358,9 @@ class LibvirtDriver:
         plan = self.plans.get(vm)
         if plan is None or (plan.pid and not alive(plan.pid, plan.start_ticks)):
             raise DriverError(vm, self.health_error(vm) or "its domain does not run")
-        open_ahead([plan])  # a pause is about to begin, and polkit may be slow
+        open_ahead(
+            self.plans.values()
+        )  # a pause is about to begin, of all of them perhaps, and polkit may be slow
         return plan
 
     async def freeze(self, vm: str, by: float) -> None:

@@ -119,19 +119,19 @@ class LatePauses(Generic[P]):
 
         One of which nobody says anything stays noted: a VM that is not listed may be paused all the same.
         """
-        for vm, life in list(self._expected.items()):
-            plan = self._plan_of(life)
-            if plan is not None and not self._is_same_life(life, plan):
-                self._pop(vm)
-                continue
-            is_due = time.monotonic() > self._ask_at[vm]
-            with suppress(OSError):
-                if await self._in_thread(vm, self._undo, plan or life):
-                    _log.error(
-                        "vm.paused_late", vm=vm, hint=f"{self._who} carried out a pause that had failed"
-                    )
-                elif is_due:
-                    await self._in_thread(vm, self._exclude, plan or life)
+        await asyncio.gather(*(self._undo_one(vm, life) for vm, life in list(self._expected.items())))
+
+    async def _undo_one(self, vm: str, life: P) -> None:
+        plan = self._plan_of(life)
+        if plan is not None and not self._is_same_life(life, plan):
+            self._pop(vm)
+            return
+        is_due = time.monotonic() > self._ask_at[vm]
+        with suppress(OSError):
+            if await self._in_thread(vm, self._undo, plan or life):
+                _log.error("vm.paused_late", vm=vm, hint=f"{self._who} carried out a pause that had failed")
+            elif is_due:
+                await self._in_thread(vm, self._exclude, plan or life)
 
     @staticmethod
     async def _in_thread(vm: str, work: Callable[[str, P], T], plan: P) -> T:

@@ -206,6 +206,46 @@ async def test_a_domain_that_the_daemon_has_lost_keeps_its_way_out(
     assert qmp.status == "running"
 
 
+@pytest.mark.parametrize("listed", [_LABEL, '<vm name="renamed" set="web" update-domain="0"/>', ""])
+async def test_a_start_finds_a_paused_domain_that_the_daemon_has_lost(
+    daemon: Daemon, qmp: QmpSocket, tmp_path: Path, listed: str
+) -> None:
+    """The host updater is started while the daemon calls it off, or unknown: it was reported as ended, and stayed paused."""
+    me = read_process(os.getpid())
+    assert me is not None
+    lost = replace(_view(daemon).plans["web-old"], pid=me.pid, start_ticks=me.start_ticks, qmp=(qmp.path,))
+    daemon.answer = lambda procedure, serial, arguments: (
+        reply(procedure, serial, refusal(42, "Domain not found"), status=1)
+        if procedure == _LOOKUP
+        else good(procedure, serial, arguments)
+    )
+    driver = _driver(daemon, tmp_path)
+    off = {_UUID: FoundDomain(name="web-1", uuid=_UUID, number=-1, label=listed)}
+    seen = replace(_view(daemon, listed), found=off, plans={}) if listed else DomainView("9.0.0")
+    driver._take(seen)
+    driver.adopt([lost])
+    for _ in range(2):
+        assert await driver.read_states() == {"web-old": "paused"}
+        driver._take(seen)
+    assert await driver.resume("web-old", patient(2)) == "running"
+    await driver.release("web-old")
+    driver._take(seen)
+    assert {vm.name for vm in driver.members()} == set(seen.vms)
+
+
+def test_a_start_adopts_no_domain_that_is_known_or_over(daemon: Daemon, tmp_path: Path) -> None:
+    driver = _driver(daemon, tmp_path)
+    driver._take(_view(daemon))
+    known = driver.plans["web-old"]
+    other = replace(known, vm="b", uuid=_UUID.replace("7", "6"))
+    driver.adopt([replace(known, number=3), replace(other, pid=os.getpid(), start_ticks=1), other])
+    assert driver.plans == {"web-old": known}
+    assert [vm.name for vm in driver.members()] == ["web-old"]
+    driver._failed("no libvirt")
+    driver.adopt([other])
+    assert driver.plans["b"] == other, "nobody says that it is over"
+
+
 async def test_who_was_paused_by_somebody_else_after_a_refused_freeze_is_left(
     daemon: Daemon, tmp_path: Path
 ) -> None:

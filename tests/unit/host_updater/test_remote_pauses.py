@@ -232,3 +232,31 @@ async def test_an_undoing_delays_only_a_new_pause_of_its_own_vm(
         go.set()
     await asyncio.gather(undoing, own)
     await late.close()
+
+
+async def test_one_that_hangs_delays_the_undoing_of_no_other(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+
+    def look(plan: LibvirtPlan) -> str:
+        if plan.vm == "a":
+            go.wait()
+        return world.state
+
+    monkeypatch.setattr(remote_pauses, "condition", look)
+    late = await world.begin()
+    world.plan = None
+    for plan in (_PLAN, replace(_PLAN, vm="b", uuid=_UUID.replace("7", "6"), number=2, pid=4712)):
+        late.expect(plan)
+    world.state = "frozen"
+    undoing = asyncio.create_task(late.undo())
+    try:
+        async with asyncio.timeout(60):
+            while "b" in late:  # noqa: ASYNC110 - a thread's work
+                await asyncio.sleep(0.01)
+        assert "a" in late
+    finally:
+        go.set()
+    await undoing
+    await late.close()

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import shlex
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from caesura.contract.messages import Method, ProofCode, VmState
 from caesura.runtime.logs import get_logger
@@ -60,6 +62,7 @@ from caesura_vmcontrol.libvirt_control import (
 )
 from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
 from caesura_vmcontrol.procfs import alive
+from caesura_vmcontrol.resume_plans import ResumePlan
 
 _LOOK_S = 5.0  # s: between two looks without an event
 _ASK_S = 5.0  # s: for a list of the domains; it takes milliseconds
@@ -221,6 +224,24 @@ class LibvirtDriver:
         log_passed(self._seen.passed, view.passed)
         self._left = {vm: why for vm, why in self._left.items() if vm in view.plans or vm in self._held}
         self._seen, self.vms, self.plans, self._error = view, view.vms, view.plans, ""
+
+    def adopt(self, plans: Iterable[ResumePlan]) -> None:
+        """A daemon that is away, or was restarted in a pause and could not read its files, does not name them; their processes live."""
+        for plan in plans:
+            if isinstance(plan, LibvirtPlan) and self._is_lost(plan):
+                others = {name: vm for name, vm in self.vms.items() if vm.uuid != plan.uuid}
+                listed = next((vm for vm in self.vms.values() if vm.uuid == plan.uuid), None)
+                vm = listed or LibvirtVm(uuid=plan.uuid, domain_name=plan.vm, name=plan.vm)
+                self.vms = others | {plan.vm: msgspec.structs.replace(vm, name=plan.vm)}
+                self.plans = {**self.plans, plan.vm: plan}
+                memories = {**self._seen.memories, plan.vm: GuestMemory()}
+                self._seen = replace(self._seen, vms=self.vms, plans=self.plans, memories=memories)
+                self._held.pausing(plan.vm, plan)
+
+    def _is_lost(self, plan: LibvirtPlan) -> bool:
+        if any(each.uuid == plan.uuid for each in self.plans.values()):
+            return False
+        return alive(plan.pid, plan.start_ticks) if plan.pid else bool(self._error)
 
     def members(self) -> tuple[LibvirtVm, ...]:
         """The VMs that there are now."""

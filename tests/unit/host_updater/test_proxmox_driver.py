@@ -27,7 +27,7 @@ def driver() -> ProxmoxDriver:
 def _saying(monkeypatch: pytest.MonkeyPatch, status: str) -> None:
     """What QEMU says of its guest; empty: nothing, for it serves another client."""
 
-    def ask(*_: object, agent: bool = False) -> GuestState:  # noqa: ARG001 - as the real one
+    def ask(*_: object, agent: bool = False) -> GuestState:
         if not status:
             raise QmpNoAnswer("QEMU hangs, or serves another client")
         return GuestState(status)

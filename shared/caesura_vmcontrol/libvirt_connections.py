@@ -36,7 +36,7 @@ _MOST_CONNECTIONS = 5
 _NO_END_S = 1e6
 
 
-class _Call:
+class _PendingCall:
     """A call under way. ``sent_at``: CLOCK_MONOTONIC, s; infinite: it is not sent yet; minus infinite: it was not answered in time."""
 
     def __init__(self, procedure: int) -> None:
@@ -62,7 +62,7 @@ class _SharedConnection(Libvirt):
         self._on_end = on_end
         self._writing = threading.Lock()
         self._lock = threading.Lock()
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, _PendingCall] = {}
         """By serial, also those that nobody waits for any more: the daemon is still busy with them."""
         self._error: OSError | None = None
         self.leases = 0
@@ -102,7 +102,7 @@ class _SharedConnection(Libvirt):
         """
         now = time.monotonic()
         by = min(until, now + answer_s)
-        call = _Call(procedure)
+        call = _PendingCall(procedure)
         with self._lock:
             if self._error is not None:
                 raise self._error

@@ -214,11 +214,18 @@ class FleetHost:
             said = f"its shell does not answer: {str(error).splitlines()[0]}"
         return f"\n== {self.name}: its serial lines\n{self.machine.last_lines()}\n== {self.name}: its services\n{said}"
 
-    def until_guests_beat(self) -> None:
-        """Wait until each has compared its memory, and beats."""
+    def until_guests_beat(self, since: float = 0.0) -> None:
+        """Wait until each has compared its memory, and beats. Blocking.
+
+        Args:
+            since: an instant after which it does.
+
+        Raises:
+            HostEnded, TimeoutError: it does not.
+        """
         for line in self.guests.values():
-            self.machine.wait_for(line, r"memory \d+ bad=0")
-            self.machine.wait_for(line, r"\bbeat \d+")
+            self.machine.wait_for(line, r"memory \d+ bad=0", since=since)
+            self.machine.wait_for(line, r"\bbeat \d+", since=since)
 
     def guest_pauses(self, since: float) -> dict[str, GuestPause]:
         """What each guest says of the pause since an instant before it, once it compared its memory again. Blocking.

@@ -104,9 +104,7 @@ async def rehearsed(host: FleetHost) -> None:
     print(f"\nrehearsed: {found}")
     assert (found.former, found.to, found.rehearsal) == (host.image.old, host.image.new, True)
     assert 0 < found.seconds < STEP_S
-    since = time.monotonic()
-    await asyncio.to_thread(host.machine.qmp, "system_reset")
-    await asyncio.to_thread(lambda: host.machine.wait_shell(since=since))
+    await restarted(host)
 
 
 async def refused(stage: Any, host: FleetHost) -> None:
@@ -159,14 +157,14 @@ async def crash(stage: Any, host: FleetHost) -> None:
     assert "kernel_unexpected" in report.codes
     assert all("by the crash kernel" in vm.detail for vm in report.vms)
     await asyncio.to_thread(assert_continued, host, begun, f"{host.image.old} as the crash kernel")
-    await reset(stage, host)
+    await reset(host)
 
 
 async def late(stage: Any, host: FleetHost) -> None:
     """The initramfs leaves the guests to the unit before sysinit.target; no fallback, but the other place of the arrival."""
     await use_initramfs(host, "late")
     await resumed_by_unit(stage, host, host.image.new)
-    await reset(stage, host)
+    await reset(host)
 
 
 async def dracut(stage: Any, host: FleetHost) -> None:
@@ -193,13 +191,19 @@ async def use_initramfs(host: FleetHost, kind: str) -> None:
     await asyncio.to_thread(host.machine.run, script)
 
 
-async def reset(stage: Any, host: FleetHost) -> None:
+async def reset(host: FleetHost) -> None:
     """Out of the present kernel into an ordinary boot of the old one, whose guests are others; the initramfs is the usual one."""
     new = host.image.new
     await asyncio.to_thread(host.machine.run, f"mv /boot/early-{new} /boot/initrd.img-{new}; sync")
-    since = time.monotonic()
+    await restarted(host)
+
+
+async def restarted(host: FleetHost) -> None:
+    """The old kernel again, and in it guests that beat: what the fleet still sees is the host before."""
     await asyncio.to_thread(host.machine.qmp, "system_reset")
+    since = time.monotonic()
     await asyncio.to_thread(lambda: host.machine.wait_shell(since=since))
+    await asyncio.to_thread(host.until_guests_beat, time.monotonic())
 
 
 async def without(stage: Any, host: FleetHost) -> None:

@@ -195,6 +195,15 @@ class FleetHost:
         well = not found.kernel.problems and len(found.kernel.figures) > 0
         return well and all(vm.state == "running" and "kexec" in vm.methods for vm in found.vms)
 
+    def until_connected(self) -> None:
+        """Wait until the host updater of this boot is at the broker: what the fleet sees may be the boot before. Blocking.
+
+        Raises:
+            CommandFailed, HostEnded, TimeoutError: it is not.
+        """
+        said = "journalctl --no-pager -b -o cat -u caesura-host-updater"
+        self.machine.run(f"until {said} | grep -q bus.connected; do sleep 1; done")
+
     def clock_offset_s(self) -> tuple[float, float]:
         """Its CLOCK_REALTIME minus this machine's, seconds: at least, and at most. Blocking.
 

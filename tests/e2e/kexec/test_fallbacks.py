@@ -199,11 +199,12 @@ async def reset(host: FleetHost) -> None:
 
 
 async def restarted(host: FleetHost) -> None:
-    """The old kernel again, and in it guests that beat: what the fleet still sees is the host before."""
+    """The old kernel again, at the broker, and in it guests that beat: what the fleet still sees is the host before."""
     await asyncio.to_thread(host.machine.qmp, "system_reset")
     since = time.monotonic()
     await asyncio.to_thread(lambda: host.machine.wait_shell(since=since))
     await asyncio.to_thread(host.until_guests_beat, time.monotonic())
+    await asyncio.to_thread(host.until_connected)
 
 
 async def without(stage: Any, host: FleetHost) -> None:

@@ -93,7 +93,7 @@ def reap(pid: int, *, wait: bool = False) -> None:
 
 
 async def words_of_end(pid: int, within_s: float) -> str:
-    """How a child ended, such as ``it was ended by SIGSEGV``; the child stays to be reaped. Empty: it has not ended by then, or is no child.
+    """How a child ended, such as ``it was ended by SIGSEGV``; the child stays to be reaped. Empty: it has not ended by then, or is not a child.
 
     Args:
         within_s: seconds to wait for an end.

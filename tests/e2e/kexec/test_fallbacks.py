@@ -59,6 +59,7 @@ async def test_fallbacks(
             if "rehearsed" in cases:
                 await rehearsed(host)
             await asyncio.to_thread(host.start_updater)
+            await asyncio.to_thread(host.until_connected)
             for case in (refused, panic, stuck, crash, late, without, dracut):
                 if case.__name__ in cases:
                     begun = time.monotonic()

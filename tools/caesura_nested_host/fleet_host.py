@@ -196,13 +196,18 @@ class FleetHost:
         return well and all(vm.state == "running" and "kexec" in vm.methods for vm in found.vms)
 
     def until_connected(self) -> None:
-        """Wait until the host updater of this boot is at the broker: what the fleet sees may be the boot before. Blocking.
+        """Wait until the present host updater is at the broker: what the fleet sees may be the one before. Blocking.
 
         Raises:
             CommandFailed, HostEnded, TimeoutError: it is not.
         """
-        said = "journalctl --no-pager -b -o cat -u caesura-host-updater"
-        self.machine.run(f"until {said} | grep -q bus.connected; do sleep 1; done")
+        unit = "caesura-host-updater"
+        script = (
+            f"while systemctl list-jobs --no-legend | grep -q {unit}; do sleep 1; done",
+            f"id=$(systemctl show --property InvocationID --value {unit})",
+            "until journalctl --no-pager -o cat _SYSTEMD_INVOCATION_ID=$id | grep -q bus.connected; do sleep 1; done",
+        )
+        self.machine.run("\n".join(script))
 
     def clock_offset_s(self) -> tuple[float, float]:
         """Its CLOCK_REALTIME minus this machine's, seconds: at least, and at most. Blocking.

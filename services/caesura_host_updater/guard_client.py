@@ -71,6 +71,8 @@ class GuardClient:
         """Operations that are over, and that the guard has not released in time."""
         self.on_lost: Callable[[], None] = lambda: None
         """Called when the connection ends."""
+        self.on_connected: Callable[[], None] = lambda: None
+        """Called when a guard answers."""
         self.pid = 0
 
     @property
@@ -173,15 +175,25 @@ class GuardClient:
             raise
         self._note_unusable([plan.vm for plan in plans], answer.get("unusable", {}))
 
-    def _note_unusable(self, vms: Sequence[str], unusable: Mapping[str, list[str]]) -> None:
-        for vm in vms:
-            self._unusable.pop(vm, None)
+    async def inspect(self, plans: Sequence[ResumePlan]) -> bool:
+        """Ask which ways out of these VMs are none for it, before it is armed for them. Whether what it says is news.
+
+        Raises:
+            GuardUnavailable: it does not say; one of an earlier release refuses.
+        """
+        answer = await self._ask({"do": "inspect", "plans": [plan_to_json(plan) for plan in plans]})
+        return self._note_unusable([plan.vm for plan in plans], answer["unusable"])
+
+    def _note_unusable(self, vms: Sequence[str], unusable: Mapping[str, list[str]]) -> bool:
+        before = {vm: sockets for vm in vms if (sockets := self._unusable.pop(vm, None))}
         self._unusable |= unusable
         for vm, sockets in unusable.items():
-            _log.error("guard.socket_unusable", vm=vm, sockets=sockets, hint=_UNUSABLE)
+            if before.get(vm) != sockets:
+                _log.error("guard.socket_unusable", vm=vm, sockets=sockets, hint=_UNUSABLE)
+        return before != dict(unusable)
 
     def pause_risk(self, vm: str) -> str:
-        """Which way out of a VM is none for this guard, as it said when it was last armed for it; empty: it said of none."""
+        """Which way out of a VM is none for this guard, as it said when it was last asked; empty: it said of none."""
         sockets = self._unusable.get(vm)
         return f"the pause guard may not use {', '.join(sockets)}: {_UNUSABLE}" if sockets else ""
 
@@ -245,6 +257,7 @@ class GuardClient:
             with suppress(GuardUnavailable):
                 await self._ask({"do": "disarm", "operation": held})
                 self._pending_disarms.discard(held)
+        self.on_connected()
 
     async def _start_guard(self, address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Start one and connect to it; it may also end at once, when another one holds the lock."""

@@ -43,6 +43,7 @@ from caesura_host_updater.command_handler import CommandHandler
 from caesura_host_updater.drivers.port import Driver, MembershipCapable
 from caesura_host_updater.epoch_tracker import EpochTracker
 from caesura_host_updater.guard_client import GuardClient
+from caesura_host_updater.guard_inspection import GuardInspection
 from caesura_host_updater.host_vms import HostVms
 from caesura_host_updater.installed_probe import InstalledProbe
 from caesura_host_updater.inventory.builder import inventory
@@ -178,6 +179,14 @@ class HostUpdater:
             on_end=self._operation_ended,
             kernels=self._kernel,
         )
+        self._inspection = GuardInspection(
+            driver,
+            guard,
+            vms=lambda: [vm.name for vm in self._vms],
+            is_busy=lambda: self.operations.busy,
+            on_change=self._changed.set,
+        )
+        guard.on_connected = self._inspection.ask
         self._updates = CatalogueReader(settings.updates_dir, self._updates_changed)
         self._installed_probe = InstalledProbe(
             host.host,
@@ -224,6 +233,7 @@ class HostUpdater:
         return {
             "bus": lambda: self.bus.run(self._receive, self._on_connected),
             "guard": self._guard.run,
+            "guard inspection": self._inspection.run,
             "operations": self.operations.run,
             "outbox": self.outbox.run,
             "inventory": self._keep_inventory,
@@ -323,6 +333,7 @@ class HostUpdater:
     async def _watch_vms(self) -> None:
         self._take_members()
         while True:
+            self._inspection.ask()
             await self._driver.changed()
             self._take_members()
             self._changed.set()
@@ -348,6 +359,7 @@ class HostUpdater:
         await self._commands.on_abort(command)
 
     def _operation_ended(self) -> None:
+        self._inspection.ask()
         self._installed_probe.ask()
         self._changed.set()
 

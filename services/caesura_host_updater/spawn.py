@@ -92,6 +92,32 @@ def reap(pid: int, *, wait: bool = False) -> None:
         os.waitpid(pid, 0 if wait else os.WNOHANG)
 
 
+async def words_of_end(pid: int, within_s: float) -> str:
+    """How a child ended, such as ``it was ended by SIGSEGV``; the child stays to be reaped. Empty: it has not ended by then, or is not a child.
+
+    Args:
+        within_s: seconds to wait for an end.
+    """
+    ended = asyncio.Event()
+    try:
+        watch = ExitWatch(pid, ended.set, reap=False)
+    except ProcessLookupError:
+        return ""
+    try:
+        async with asyncio.timeout(within_s):
+            await ended.wait()
+        found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # noqa: ASYNC222 - WNOHANG
+    except (TimeoutError, ChildProcessError):
+        return ""
+    finally:
+        watch.close()
+    if found is None:
+        return ""
+    if found.si_code == os.CLD_EXITED:
+        return f"it ended with code {found.si_status}"
+    return f"it was ended by {signal.Signals(found.si_status).name}"
+
+
 class ExitWatch:
     """Calls back once when a process has ended, whether it is our child or not. Children are reaped.
 

@@ -1,8 +1,8 @@
 """The guard's socket: JSON lines over a unix socket in the state folder, one select loop.
 
 Requests: ``arm`` (operation, boot_id, deadline, plans, and kernel_change where the host's kernel is to be replaced),
-``leave`` (operation, by: an instant on CLOCK_MONOTONIC), ``disarm`` (operation), ``status``. Every answer has
-``ok``; a refusal has ``error``. The connection that armed is the operation's owner: when it ends, or the
+``leave`` (operation, by: an instant on CLOCK_MONOTONIC), ``disarm`` (operation), ``status``, ``inspect`` (plans: which of
+their sockets this guard may not use, before it is armed for them). Every answer has ``ok``; a refusal has ``error``. The connection that armed is the operation's owner: when it ends, or the
 process behind it (SO_PEERCRED, pidfd) does, the guard fires.
 """
 
@@ -21,6 +21,7 @@ import signal
 import socket
 import struct
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -28,13 +29,14 @@ from caesura_pause_guard.departure import Departure, check_plans
 from caesura_vmcontrol import kernel_change
 from caesura_vmcontrol.guard_socket import MAX_LINE_BYTES, socket_address
 from caesura_vmcontrol.intent import Intent
+from caesura_vmcontrol.libvirt_connections import open_ahead
 from caesura_vmcontrol.libvirt_control import unusable_sockets
 from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
 from caesura_vmcontrol.notify import Notifier
 from caesura_vmcontrol.plan_errors import BadPlan
 from caesura_vmcontrol.process_control import reap
 from caesura_vmcontrol.procfs import boot_id
-from caesura_vmcontrol.resume_plans import plan_from_json
+from caesura_vmcontrol.resume_plans import ResumePlan, plan_from_json
 from caesura_vmcontrol.watchdog import GuardRefusal, Log, Watchdog
 
 ACCEPT_RETRY_S = 1.0  # s without an accept after one that failed
@@ -245,7 +247,11 @@ class GuardServer:
             match request.get("do"):
                 case "arm":
                     self._arm(client, request)
-                    return {"ok": True, "unusable": self._unusable(), **self._status()}
+                    return {"ok": True, "unusable": self._unusable_of_intent(), **self._status()}
+                case "inspect":
+                    plans = [plan_from_json(plan) for plan in request["plans"]]
+                    open_ahead(plans)
+                    return {"ok": True, "unusable": _unusable(plans)}
                 case "leave":
                     self._leave(client, request)
                     return {"ok": False, "error": "the loaded kernel was not started"}
@@ -286,12 +292,8 @@ class GuardServer:
             "intent": None if intent is None else intent.to_json(),
         }
 
-    def _unusable(self) -> dict[str, list[str]]:
-        """Ways out of the plans that are none from here, by VM: they were found with the updater's rights."""
-        intent = self._watch.intent
-        plans = [] if intent is None else [plan for plan in intent.plans if isinstance(plan, LibvirtPlan)]
-        found = {plan.vm: unusable_sockets(plan) for plan in plans}
-        return {vm: sockets for vm, sockets in found.items() if sockets}
+    def _unusable_of_intent(self) -> dict[str, list[str]]:
+        return {} if self._watch.intent is None else _unusable(self._watch.intent.plans)
 
     def _arm(self, client: _Client, request: dict[str, Any]) -> None:
         if request["boot_id"] != self._boot_id:
@@ -312,6 +314,7 @@ class GuardServer:
         except BaseException:
             os.close(pidfd)
             raise
+        open_ahead(intent.plans)
         self._forget_owner()
         self._owner = client
         self._owner_pidfd = pidfd
@@ -346,3 +349,9 @@ class GuardServer:
                 self._log("guard.unlink_failed", why=str(error))
         for handle in (self._wake_read, self._wake_write, self._lock, self._handle):
             os.close(handle)
+
+
+def _unusable(plans: Iterable[ResumePlan]) -> dict[str, list[str]]:
+    """Ways out of plans that are none from here, by VM: they were found with the updater's rights."""
+    found = {plan.vm: unusable_sockets(plan) for plan in plans if isinstance(plan, LibvirtPlan)}
+    return {vm: sockets for vm, sockets in found.items() if sockets}

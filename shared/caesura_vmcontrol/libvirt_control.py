@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from caesura_vmcontrol import libvirt_rpc
 from caesura_vmcontrol.freezer_control import Condition
+from caesura_vmcontrol.libvirt_connections import RPC_S, daemon_at
 from caesura_vmcontrol.libvirt_rpc import Domain, Libvirt, LibvirtPlan, LibvirtRefused
 from caesura_vmcontrol.process_control import is_held
 from caesura_vmcontrol.procfs import alive
@@ -28,8 +29,6 @@ from caesura_vmcontrol.qmp_commands import (
     run_state,
 )
 
-RPC_S = 0.5
-"""s: what the daemon gets for one answer before QEMU is asked directly; it takes some milliseconds."""
 _DAEMON_S = 5.0
 """s: for all answers about one domain: a daemon that is slow, but answers, is the better way out than none."""
 _LOOKS_S = 10.0
@@ -124,7 +123,7 @@ def _said_by_daemon(
     left = list(plans)
     while left and time.monotonic() < until:
         try:
-            connection = Libvirt(*place, min(until, time.monotonic() + _DAEMON_S), RPC_S)
+            connection = daemon_at(*place, min(until, time.monotonic() + _DAEMON_S), RPC_S)
         except OSError:
             break
         with suppress(OSError), connection as daemon:
@@ -154,7 +153,9 @@ def is_settled(plan: LibvirtPlan) -> bool:
 
 
 def _daemon_of(plan: LibvirtPlan) -> Libvirt:
-    return Libvirt(plan.socket, plan.uri, time.monotonic() + _DAEMON_S, RPC_S)
+    """Where there is another way out it is not kept waiting for polkit."""
+    opening_s = RPC_S if plan.qmp else _DAEMON_S
+    return daemon_at(plan.socket, plan.uri, time.monotonic() + _DAEMON_S, RPC_S, opening_s=opening_s)
 
 
 def resume_domain(plan: LibvirtPlan) -> None:
@@ -192,7 +193,7 @@ def suspend_domain(plan: LibvirtPlan, until: float) -> None:
         OSError: it was asked for, and was not shown to be paused.
     """
     try:
-        connection = Libvirt(plan.socket, plan.uri, until)
+        connection = daemon_at(plan.socket, plan.uri, until)
     except OSError as error:
         raise DomainNotPaused(str(error)) from error
     with connection as daemon:

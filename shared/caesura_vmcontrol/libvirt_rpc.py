@@ -118,7 +118,7 @@ class Libvirt:
         path: the daemon's socket.
         uri: what is opened there, such as ``qemu:///system``.
         until: for everything that follows (CLOCK_MONOTONIC, s).
-        answer_s: for each answer, in seconds.
+        answer_s: for each answer, in seconds; those of polkit and of the opening, which asks it, too, may take all the time.
 
     Raises:
         LibvirtGone, LibvirtSilent, LibvirtRefused: it cannot be opened.
@@ -137,7 +137,7 @@ class Libvirt:
         try:
             self._connect()
             self._authenticate()
-            self._call(_CONNECT_OPEN, _optional(uri) + struct.pack(">I", 0))
+            self._call(_CONNECT_OPEN, _optional(uri) + struct.pack(">I", 0), math.inf)
         except BaseException:
             self._socket.close()
             raise
@@ -208,7 +208,7 @@ class Libvirt:
             return
         if _AUTH_IS_POLKIT not in offered:
             raise LibvirtRefused(0, f"{self._path} wants authentication by SASL, which is not supported here")
-        self._call(_AUTH_POLKIT, b"")
+        self._call(_AUTH_POLKIT, b"", math.inf)
 
     def _unpack(self, what: str, body: bytes, offset: int = 0) -> tuple[int, ...]:
         try:
@@ -222,29 +222,33 @@ class Libvirt:
             raise LibvirtSilent(f"libvirt at {self._path} does not answer in time")
         return left
 
-    def _call(self, procedure: int, arguments: bytes) -> bytes:
-        self._serial += 1
-        self._answer_by = min(self._until, time.monotonic() + self._answer_s)
-        head = struct.pack(">IIiiII", _PROGRAM, _VERSION, procedure, _CALL, self._serial, 0)
-        self.sent = False
-        try:
-            self._socket.settimeout(self._left())
-            self._socket.sendall(struct.pack(">I", 4 + len(head) + len(arguments)) + head + arguments)
-            self.sent = True
-            while True:
-                program, _, answered, kind, serial, status, body = self._message()
-                # Others are events and keep-alives, which were not asked for.
-                if (program, kind, serial, answered) == (_PROGRAM, _REPLY, self._serial, procedure):
-                    break
-        except TimeoutError as error:
-            raise LibvirtSilent(f"libvirt at {self._path} does not answer in time") from error
-        except ConnectionError as error:
-            raise LibvirtGone(f"libvirt at {self._path} ended the connection") from error
+    def _call(self, procedure: int, arguments: bytes, answer_s: float = 0.0) -> bytes:
+        """``answer_s``: if more than for other answers."""
+        status, body = self._exchange(procedure, arguments, max(answer_s, self._answer_s))
         if status != 0:
             raise _refusal(body)
         return body
 
-    def _message(self) -> tuple[int, int, int, int, int, int, bytes]:
+    def _exchange(self, procedure: int, arguments: bytes, answer_s: float) -> tuple[int, bytes]:
+        """Status and body of the answer."""
+        self._serial += 1
+        self._answer_by = min(self._until, time.monotonic() + answer_s)
+        self.sent = False
+        try:
+            self._socket.settimeout(self._left())
+            self._socket.sendall(call_message(procedure, self._serial, arguments))
+            self.sent = True
+            while True:
+                message = self._message()
+                serial, answered, status = answer_of(message)
+                if (serial, answered) == (self._serial, procedure):
+                    return status, message[-1]
+        except TimeoutError as error:
+            raise LibvirtSilent(f"libvirt at {self._path} does not answer in time") from error
+        except ConnectionError as error:
+            raise LibvirtGone(f"libvirt at {self._path} ended the connection") from error
+
+    def _message(self) -> Message:
         (length,) = struct.unpack(">I", self._read(4))
         if not 28 <= length <= _MOST_BYTES:
             raise LibvirtGone(f"what listens at {self._path} does not speak libvirt's protocol")
@@ -261,6 +265,22 @@ class Libvirt:
                 raise LibvirtGone(f"libvirt at {self._path} ended the connection")
             received += part
         return bytes(received)
+
+
+Message = tuple[int, int, int, int, int, int, bytes]
+"""The header's numbers, and what follows it."""
+
+
+def call_message(procedure: int, serial: int, arguments: bytes) -> bytes:
+    """A call as it is sent."""
+    head = struct.pack(">IIiiII", _PROGRAM, _VERSION, procedure, _CALL, serial, 0)
+    return struct.pack(">I", 4 + len(head) + len(arguments)) + head + arguments
+
+
+def answer_of(message: Message) -> tuple[int, int, int]:
+    """Serial and procedure of the call that it answers, and its status; serial 0: an event or a keep-alive, which nobody asked for."""
+    program, _, answered, kind, serial, status, _ = message
+    return (serial if (program, kind) == (_PROGRAM, _REPLY) else 0, answered, status)
 
 
 def _text(value: str) -> bytes:

@@ -69,7 +69,15 @@ class Stage:
         self, update: str = "patch", *, selection: m.Selection | None = None, **policy: object
     ) -> str:
         """Start a rollout; its id."""
-        answer = await self.session.ask(
+        answer = await self.request(update, selection=selection, **policy)
+        assert answer.accepted, answer.reason
+        return answer.rollout
+
+    async def request(
+        self, update: str, *, selection: m.Selection | None = None, **policy: object
+    ) -> m.RequestAnswered:
+        """Ask for a rollout; the answer."""
+        return await self.session.ask(
             m.RolloutRequested(
                 request=new_request_id(),
                 update=update,
@@ -78,8 +86,6 @@ class Stage:
                 limits=m.Limits(again=True),  # a test rolls the same update as often as it likes
             )
         )
-        assert answer.accepted, answer.reason
-        return answer.rollout
 
     def policy(self, **policy: object) -> m.Policy:
         values: dict[str, object] = {

@@ -49,7 +49,7 @@ exit codes:
   0  every rule held
   1  a rule did not hold, or something failed
   2  bad usage
-  130  interrupted; everything was resumed and stopped"""
+  130  interrupted; everything was stopped, and nothing stays paused"""
 
 
 @click.command(epilog=_EPILOG)

@@ -162,7 +162,7 @@ class CleanUp:
         try:
             return await self._body
         except asyncio.CancelledError:
-            raise Interrupted("interrupted; everything was resumed and stopped") from None
+            raise Interrupted("interrupted; everything was stopped, and nothing stays paused") from None
         finally:
             for number in signals:
                 loop.remove_signal_handler(number)

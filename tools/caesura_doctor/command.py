@@ -23,6 +23,7 @@ from caesura_doctor.host_checks import check_host, host_file
 from caesura_doctor.host_settings import ENV_FILE, PREFIX, host_settings, password_error
 from caesura_doctor.measure_checks import look_for_needs
 from caesura_doctor.measurement import AcceleratorChoice, MeasurementFailed, choose_accelerator, measure
+from caesura_doctor.service_user import check_user, own_command
 from caesura_host_updater.drivers.diagnosis import Diagnosis, ok, warning, wrong
 from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.settings import HostUpdaterSettings
@@ -198,14 +199,8 @@ def _findings(env_file: str | None, environ: Mapping[str, str], *, broker: bool,
             )
         )
         return found
-    if os.geteuid() == 0:
-        add(
-            warning(
-                "user",
-                "run as root: what the host updater's own user may do is not tried",
-                "sudo -u caesura-host caesura doctor",
-            )
-        )
+    for finding in check_user(settings.state_dir, os.geteuid()):
+        add(finding)
     host, of_file = host_file(settings)
     for finding in of_file:
         add(finding)
@@ -214,7 +209,7 @@ def _findings(env_file: str | None, environ: Mapping[str, str], *, broker: bool,
     for finding in check_host(settings, host, environ):
         add(finding)
     if broker and (why := password_error(settings, env_file, environ)):
-        add(warning("broker.password", why, "sudo caesura doctor, which asks it"))
+        add(warning("broker.password", why, f"sudo {own_command()} doctor, which asks it"))
     elif broker:
         asyncio.run(_broker(settings, host, add))
     return found

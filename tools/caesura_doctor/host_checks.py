@@ -11,8 +11,6 @@ from typing import Any
 from caesura.bus.options import parse_addresses
 from caesura.runtime.errors import ConfigError
 from caesura_doctor.service_probes import ask_ready
-from caesura_host.host_files import HostError
-from caesura_host.rehearsal import GuardConnection
 from caesura_host_updater.clocks.reference_clock import is_synchronized
 from caesura_host_updater.drivers.diagnosis import Diagnosis, ok, warning, wrong
 from caesura_host_updater.drivers.plugin import DriverSetup, load_plugin
@@ -23,6 +21,7 @@ from caesura_host_updater.inventory.host_config import (
     with_discovered,
 )
 from caesura_host_updater.settings import HostUpdaterSettings
+from caesura_vmcontrol.guard_socket import ask_guard
 from caesura_vmcontrol.mounts import mount_of, read_mounts
 
 _ANSWER_S = 3.0
@@ -123,20 +122,16 @@ def _guard(settings: HostUpdaterSettings) -> Iterator[Diagnosis]:
         else "start the host updater, which starts it"
     )
     try:
-        connection = GuardConnection(settings.state_dir)
-        try:
-            answer = connection.ask({"do": "status"})
-        finally:
-            connection.close()
-    except HostError as error:
-        if isinstance(error.__cause__, PermissionError):
-            yield warning(
-                "guard",
-                "the pause guard may not be asked by this user",
-                "run this as root, or as the host updater's user",
-            )
-        else:
-            yield wrong("guard", f"there is no pause guard, so nothing is frozen: {error}", remedy)
+        answer = ask_guard(settings.state_dir, {"do": "status"}, _ANSWER_S)
+    except PermissionError:
+        yield warning(
+            "guard",
+            "the pause guard may not be asked by this user",
+            "run this as root, or as the host updater's user",
+        )
+        return
+    except (OSError, ValueError) as error:
+        yield wrong("guard", f"there is no pause guard, so nothing is frozen: {error}", remedy)
         return
     intent = answer.get("intent")
     busy = f", with operation {intent['operation']}" if isinstance(intent, dict) else ""

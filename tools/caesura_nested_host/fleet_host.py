@@ -31,17 +31,26 @@ class FleetHost:
         name: of the host; its guests are ``NAME-a`` and ``NAME-b``.
         folder: for the emulator's files.
         domain: of its guests.
+        early: whether the host is prepared for an arrival in the initramfs, or by the unit.
         environ: as ``NestedHost`` has it.
     """
 
     def __init__(
-        self, name: str, image: Image, folder: Path, *, domain: int, environ: Mapping[str, str] | None = None
+        self,
+        name: str,
+        image: Image,
+        folder: Path,
+        *,
+        domain: int,
+        early: bool = True,
+        environ: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
         self.image = image
         self.machine = NestedHost(name, image, folder, environ=environ)
         self.guests = {f"{name}-{letter}": line for letter, line in _GUESTS.items()}
         self._domain = domain
+        self._early = early
 
     def _host_file(self) -> str:
         vms = [
@@ -66,7 +75,7 @@ class FleetHost:
             {
                 "host": self.name,
                 "driver": "qemu",
-                "kernel": {"kexec": True, "watchdog_s": 0},
+                "kernel": {"kexec": True, "early": self._early, "watchdog_s": 0},
                 "qemu": {"accel": "tcg", "run_dir": "/run/caesura", "start_timeout_s": 300.0},
                 "vm": vms,
             }
@@ -89,7 +98,14 @@ class FleetHost:
     def _figures(self, seconds: float) -> str:
         pairs = ((self.image.old, self.image.new), (self.image.new, self.image.old))
         figures = [
-            KernelFigure(to=second, former=first, seconds=seconds, at=datetime.now(UTC), rehearsal=True)
+            KernelFigure(
+                to=second,
+                former=first,
+                seconds=seconds,
+                at=datetime.now(UTC),
+                rehearsal=True,
+                early=self._early,
+            )
             for first, second in pairs
         ]
         return msgspec.json.encode(figures).decode()
@@ -124,6 +140,7 @@ class FleetHost:
                         "timeout_s": 600.0,
                         "argv": [
                             *("sudo", "/opt/caesura/bin/caesura", "host", "load-kernel", release),
+                            *(() if self._early else ("--late",)),
                             *(f"--append={word}" for word in words),
                         ],
                     }
@@ -131,7 +148,7 @@ class FleetHost:
                 for name, (release, words) in self.updates().items()
             },
         }
-        script = ["set -e", "caesura host prepare-kexec --apply"]
+        script = ["set -e", f"caesura host prepare-kexec {'' if self._early else '--late '}--apply"]
         for path, text in files.items():
             script.append(f"mkdir -p $(dirname {path}); cat >{path} <<'END-OF-FILE'\n{text}\nEND-OF-FILE")
         machine.run("\n".join(script))
@@ -178,6 +195,20 @@ class FleetHost:
         well = not found.kernel.problems and len(found.kernel.figures) > 0
         return well and all(vm.state == "running" and "kexec" in vm.methods for vm in found.vms)
 
+    def until_connected(self) -> None:
+        """Wait until the present host updater is at the broker: what the fleet sees may be the one before. Blocking.
+
+        Raises:
+            CommandFailed, HostEnded, TimeoutError: it is not.
+        """
+        unit = "caesura-host-updater"
+        script = (
+            f"while systemctl list-jobs --no-legend | grep -q {unit}; do sleep 1; done",
+            f"id=$(systemctl show --property InvocationID --value {unit})",
+            "until journalctl --no-pager -o cat _SYSTEMD_INVOCATION_ID=$id | grep -q bus.connected; do sleep 1; done",
+        )
+        self.machine.run("\n".join(script))
+
     def clock_offset_s(self) -> tuple[float, float]:
         """Its CLOCK_REALTIME minus this machine's, seconds: at least, and at most. Blocking.
 
@@ -197,11 +228,18 @@ class FleetHost:
             said = f"its shell does not answer: {str(error).splitlines()[0]}"
         return f"\n== {self.name}: its serial lines\n{self.machine.last_lines()}\n== {self.name}: its services\n{said}"
 
-    def until_guests_beat(self) -> None:
-        """Wait until each has compared its memory, and beats."""
+    def until_guests_beat(self, since: float = 0.0) -> None:
+        """Wait until each has compared its memory, and beats. Blocking.
+
+        Args:
+            since: an instant after which it does.
+
+        Raises:
+            HostEnded, TimeoutError: it does not.
+        """
         for line in self.guests.values():
-            self.machine.wait_for(line, r"memory \d+ bad=0")
-            self.machine.wait_for(line, r"\bbeat \d+")
+            self.machine.wait_for(line, r"memory \d+ bad=0", since=since)
+            self.machine.wait_for(line, r"\bbeat \d+", since=since)
 
     def guest_pauses(self, since: float) -> dict[str, GuestPause]:
         """What each guest says of the pause since an instant before it, once it compared its memory again. Blocking.

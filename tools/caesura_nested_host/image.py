@@ -42,7 +42,7 @@ _PACKAGES = (
         "initramfs-tools",
         "kexec-tools",
     ),
-    *("ndctl", "iproute2", "util-linux", "procps", "e2fsprogs", "sudo", "zstd"),
+    *("ndctl", "iproute2", "util-linux", "procps", "e2fsprogs", "sudo", "zstd", "dracut-core"),
 )
 _MACHINE = ("qemu-system-x86", "linux-image-amd64")
 _IMAGE = re.compile(r"^linux-image-(\d+(?:\.\d+)*-\d+)-amd64$")
@@ -428,6 +428,7 @@ def _make(system: Path, making: Path, made: Path) -> None:
         _run("chroot", str(tree), "update-initramfs", "-c", "-k", release)
     _prepare(tree)
     _late_initramfs(tree, old, new)
+    _dracut_initramfs(tree, new)
     boot = made / "boot"
     boot.mkdir()
     for release in (old, new):
@@ -452,6 +453,21 @@ def _late_initramfs(tree: Path, old: str, new: str) -> None:
     initrd.rename(tree / f"boot/late-{new}")
     settings.write_text(early)
     initrd.write_bytes(kept)
+
+
+def _dracut_initramfs(tree: Path, new: str) -> None:
+    """``/boot/dracut-NEW``: one by dracut, with systemd in it, which knows nothing of guests."""
+    argv = (
+        "dracut",
+        "--quiet",
+        "--force",
+        "--no-hostonly",
+        "--kver",
+        new,
+        "--add-drivers",
+        " ".join(_MODULES),
+    )
+    _run("chroot", str(tree), *argv, f"/boot/dracut-{new}")
 
 
 def _prepare(tree: Path) -> None:

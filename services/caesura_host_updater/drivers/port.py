@@ -1,7 +1,7 @@
 """The driver port: what the host updater may ask of a hypervisor.
 
 ``Driver`` is what every driver has. What only some can do is a protocol of its own beside it, asked for by ``isinstance``:
-``MembershipCapable``, ``SwapCapable``, ``ReplaceCapable``, ``RebootCapable``, ``DigestCapable``, ``ClockCapable``. ``plugin`` says how a driver is found and made.
+``MembershipCapable``, ``AdoptionCapable``, ``SwapCapable``, ``ReplaceCapable``, ``RebootCapable``, ``DigestCapable``, ``ClockCapable``. ``plugin`` says how a driver is found and made.
 
 One conformance suite (``caesura.conformance.drivers``) holds every driver to it.
 """
@@ -9,7 +9,7 @@ One conformance suite (``caesura.conformance.drivers``) holds every driver to it
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
@@ -215,6 +215,14 @@ class MembershipCapable(Protocol):
 
     def members(self) -> Sequence[VmSpec]:
         """The VMs that there are now. One of an operation stays until ``release``, which ends each operation of such a driver."""
+
+
+@runtime_checkable
+class AdoptionCapable(Protocol):
+    """A driver whose platform may not name a VM that was paused before the start, though its process lives."""
+
+    def adopt(self, plans: Iterable[ResumePlan]) -> None:
+        """Have these as VMs of an operation, until ``release``, where the platform does not have them. Called once, when the driver is open."""
 
 
 @runtime_checkable

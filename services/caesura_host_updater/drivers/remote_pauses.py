@@ -35,7 +35,7 @@ class LatePauses(Generic[P]):
     """Pauses that were asked for and not answered, on disk, too; one that is carried out after all is undone, once.
 
     Args:
-        plan_of: how a VM is resumed; None: it does not run.
+        plan_of: how the VM of a noted plan is resumed now; None: it does not run, or nobody says. Then the noted plan counts.
         who: what carries pauses out, for the log.
         folder: where they are noted.
         is_same_life: whether two plans are of the same process.
@@ -44,7 +44,7 @@ class LatePauses(Generic[P]):
 
     def __init__(
         self,
-        plan_of: Callable[[str], P | None],
+        plan_of: Callable[[P], P | None],
         who: str,
         folder: Path,
         is_same_life: Callable[[P, P], bool] = operator.eq,
@@ -55,15 +55,18 @@ class LatePauses(Generic[P]):
         self._folder = folder
         self._is_same_life = is_same_life
         self._is_excluded = is_excluded
-        self._expected: dict[str, tuple[P, float]] = {}
-        """The life that was to be paused, and when it is asked whether that can still come."""
-        self._lock = threading.Lock()
+        self._expected: dict[str, P] = {}
+        """The life that was to be paused."""
+        self._ask_at: dict[str, float] = {}
+        """When it is asked whether that can still come."""
+        self._locks: dict[str, threading.Lock] = {}
+        """Each is held while a pause of that VM is undone."""
         self._disk = Worker("late pauses")
 
     async def open(self, kind: type[P]) -> None:
         """Look for those that a previous run of this boot expected."""
         for plan in await in_thread("late pauses", lambda: _read(self._folder, kind)):
-            self._expected[plan.vm] = (plan, time.monotonic() + _LATE_S)
+            self._expected[plan.vm], self._ask_at[plan.vm] = plan, time.monotonic() + _LATE_S
 
     async def close(self, patience_s: float = 1.0) -> None:
         """Complete what is being noted, for ``patience_s`` seconds at most."""
@@ -72,10 +75,21 @@ class LatePauses(Generic[P]):
     def __contains__(self, vm: str) -> bool:
         return vm in self._expected
 
-    def forget(self, vm: str) -> bool:
-        """A new pause of it begins; whether one was expected. In a thread: waits until one that is being undone is over."""
-        with self._lock:
-            return self._pop(vm)
+    def forget(self, plan: P) -> bool:
+        """A new pause of it begins; whether one was expected, under whatever name. In a thread: waits until one of it that is being undone is over."""
+        vms = [vm for vm, life in list(self._expected.items()) if self._is_same_life(life, plan)]
+        was_expected = False
+        for vm in {plan.vm, *vms}:
+            with self._lock_of(vm):
+                was_expected |= self._pop(vm)
+        return was_expected
+
+    def forget_resumed(self, vm: str) -> None:
+        """Its pause was seen, and it runs: nothing is late any more. Never waits: who resumed it takes the time right after."""
+        self._pop(vm)
+
+    def _lock_of(self, vm: str) -> threading.Lock:
+        return self._locks.setdefault(vm, threading.Lock())
 
     def _pop(self, vm: str) -> bool:
         if self._expected.pop(vm, None) is None:
@@ -85,7 +99,8 @@ class LatePauses(Generic[P]):
 
     def expect(self, plan: P) -> None:
         """A pause of it was not answered."""
-        self._expected[plan.vm] = (plan, time.monotonic() + _LATE_S)
+        self._ask_at[plan.vm] = time.monotonic() + _LATE_S
+        self._expected[plan.vm] = plan
         note = json.dumps({"boot_id": boot_id(), "plan": plan_to_json(plan)}).encode()
         self._disk.post(lambda: self._note(plan.vm, note))
 
@@ -100,47 +115,45 @@ class LatePauses(Generic[P]):
             _log.warning("vm.late_pause_not_noted", vm=vm, why=str(error))
 
     async def undo(self) -> None:
-        """Resume what was paused late, and forget what cannot be paused late any more."""
-        for vm, (life, until) in list(self._expected.items()):
-            plan = self._plan_of(vm)
-            is_due = time.monotonic() > until
-            if plan is None:
-                if is_due:
-                    self._pop(vm)
-                continue
-            if not self._is_same_life(life, plan):
-                self._pop(vm)
-                continue
-            with suppress(OSError):
-                if await self._in_thread(vm, self._undo, plan):
-                    _log.error(
-                        "vm.paused_late", vm=vm, hint=f"{self._who} carried out a pause that had failed"
-                    )
-                elif is_due:
-                    await self._in_thread(vm, self._exclude, plan)
+        """Resume what was paused late, and forget what cannot be paused late any more.
 
-    def _exclude(self, plan: P) -> None:
-        with self._lock:  # the question may be a resume, and our next pause may have begun since
-            if plan.vm not in self._expected:
-                return
-            life, _ = self._expected[plan.vm]
-            self._expected[plan.vm] = (life, time.monotonic() + _ASK_AGAIN_S)
-            if self._is_excluded(plan):
-                self._pop(plan.vm)
+        One of which nobody says anything stays noted: a VM that is not listed may be paused all the same.
+        """
+        await asyncio.gather(*(self._undo_one(vm, life) for vm, life in list(self._expected.items())))
+
+    async def _undo_one(self, vm: str, life: P) -> None:
+        plan = self._plan_of(life)
+        if plan is not None and not self._is_same_life(life, plan):
+            self._pop(vm)
+            return
+        is_due = time.monotonic() > self._ask_at[vm]
+        with suppress(OSError):
+            if await self._in_thread(vm, self._undo, plan or life):
+                _log.error("vm.paused_late", vm=vm, hint=f"{self._who} carried out a pause that had failed")
+            elif is_due:
+                await self._in_thread(vm, self._exclude, plan or life)
 
     @staticmethod
-    async def _in_thread(vm: str, work: Callable[[P], T], plan: P) -> T:
-        return await in_thread(f"late pause of {vm}", lambda: work(plan))
+    async def _in_thread(vm: str, work: Callable[[str, P], T], plan: P) -> T:
+        return await in_thread(f"late pause of {vm}", lambda: work(vm, plan))
 
-    def _undo(self, plan: P) -> bool:
-        with self._lock:
+    def _exclude(self, vm: str, plan: P) -> None:
+        with self._lock_of(vm):  # the question may be a resume, and our next pause may have begun since
+            if vm not in self._expected:
+                return
+            self._ask_at[vm] = time.monotonic() + _ASK_AGAIN_S
+            if self._is_excluded(plan):
+                self._pop(vm)
+
+    def _undo(self, vm: str, plan: P) -> bool:
+        with self._lock_of(vm):
             # Our next pause may have begun since.
-            if plan.vm not in self._expected or condition(plan) in ("running", "gone"):
+            if vm not in self._expected or condition(plan) in ("running", "gone"):
                 return False
             resume_vm(plan)
             # It came: the next pause is somebody else's.
             if condition(plan) in ("running", "gone"):
-                self._pop(plan.vm)
+                self._pop(vm)
             return True
 
 

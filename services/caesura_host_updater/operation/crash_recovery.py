@@ -19,7 +19,13 @@ from caesura.runtime.errors import StoreError
 from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.clocks.verdict import ClockCheck
-from caesura_host_updater.drivers.port import Driver, DriverError, NotRunningYet, states_within
+from caesura_host_updater.drivers.port import (
+    AdoptionCapable,
+    Driver,
+    DriverError,
+    NotRunningYet,
+    states_within,
+)
 from caesura_host_updater.guard_client import GuardClient, GuardUnavailable
 from caesura_host_updater.inventory.installs import marks_of
 from caesura_host_updater.journal import Journal, JournalEntry, JournalThread
@@ -260,6 +266,11 @@ class CrashRecovery:
     async def _resume_left_paused(self) -> None:
         """The driver's way for marked VMs that do not run by now; what somebody else paused is left to them."""
         marked = await self._pauses.read()
+        if isinstance(self._driver, AdoptionCapable):
+            now = boot_id()
+            self._driver.adopt(
+                each.plan for each in marked.values() if each is not None and each.boot_id == now
+            )
         states = await self._driver.read_states()
         # A marked VM that does not answer may be paused as well: `resume` finds out.
         held = {

@@ -95,6 +95,9 @@ class ResumeVms(msgspec.Struct, frozen=True):
 class Disarm(msgspec.Struct, frozen=True):
     """Notify the guard that the operation is over, and ask whether it fired."""
 
+    untouched: tuple[str, ...] = ()
+    """VMs to which nothing was done: one that is paused was paused by somebody else, and the guard is to forget it first."""
+
 
 class PublishFrozen(msgspec.Struct, frozen=True):
     """Announce that a VM is paused."""

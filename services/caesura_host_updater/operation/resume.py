@@ -51,7 +51,7 @@ def resume_all(op: Operation) -> Decision:
     op = changed(op, wake_at=None)
     if op.phase in ("accepted", "arming"):
         op = changed(op, phase="resumed")
-        return op, (*effects, Disarm())
+        return op, (*effects, Disarm(tuple(vm.vm for vm in op.vms)))
     op = changed(
         op, phase="resuming", vms=tuple(msgspec.structs.replace(vm, digesting=False) for vm in op.vms)
     )

@@ -175,6 +175,7 @@ class OperationRunner:
         self._shutting_down: dict[str, asyncio.Task[None]] = {}
         self._watching: asyncio.Task[None] | None = None
         self._processes: dict[str, UpdateProcess] = {}
+        self._may_be_armed = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     def abort(self, code: ReasonCode, why: str) -> None:
@@ -280,8 +281,8 @@ class OperationRunner:
                 self._stop_watching()
                 for name in vms:
                     self._start(self._actions.resume(name, self._freezing.get(name)))
-            case Disarm():
-                self._start(self._disarm())
+            case Disarm(untouched):
+                self._start(self._disarm(untouched))
             case PublishFrozen(vm=name):
                 self._announce(frozen_fact(self._host, self.state, name, to_wall_clock), self.state)
                 self._on_change()
@@ -308,6 +309,7 @@ class OperationRunner:
         try:
             plans = [guard_plan(self._driver, vm.vm) for vm in self.state.vms]
             await self._pauses.write(self.state.operation, plans)
+            self._may_be_armed = True  # also where its answer is lost
             await self._guard.arm(self.state.operation, deadline, plans, self._change())
         except NotMarked as error:
             self._events.put_nowait(ArmRefused(str(error), "its VMs could not be marked"))
@@ -371,13 +373,13 @@ class OperationRunner:
         else:
             self._events.put_nowait(NotLeft("the pause guard says that it did, and this kernel still runs"))
 
-    async def _drop(self, vm: str) -> None:
-        """Somebody else paused it, or has it: neither the guard nor our next life is to resume it."""
+    async def _drop(self, *vms: str) -> None:
+        """Somebody else paused them, or has them: neither the guard nor our next life is to resume them."""
         try:
-            await self._guard.drop(self.state.operation, [vm])
+            await self._guard.drop(self.state.operation, vms)
         except GuardUnavailable as error:
-            _log.warning("guard.not_dropped", vm=vm, why=str(error))
-        self._pauses.remove([vm])
+            _log.warning("guard.not_dropped", vms=vms, why=str(error))
+        self._pauses.remove(vms)
 
     def _stop_watching(self) -> None:
         if self._watching is not None:
@@ -401,7 +403,7 @@ class OperationRunner:
         outcome: Outcome = "succeeded" if code == 0 else "failed"
         self._events.put_nowait(UpdateEnded(key, outcome, code, seconds, tail))
 
-    async def _disarm(self) -> None:
+    async def _disarm(self, untouched: Sequence[str]) -> None:
         record = None
         try:
             # While the guard holds the operation, its record shows the next start who resumed what. It may be
@@ -411,6 +413,8 @@ class OperationRunner:
                     await self._journal.do(lambda _: None)
             # A VM that somebody else has paused: the guard would resume it when it is released, and finds it paused.
             await self._actions.wait_dropped()
+            if untouched and self._may_be_armed:
+                await self._drop(*untouched)
             record = await self._guard.disarm(self.state.operation)
         except GuardUnavailable as error:
             _log.warning("guard.not_disarmed", operation=self.state.operation, why=str(error))

@@ -21,11 +21,11 @@ from caesura_nested_host.image import Image
 from caesura_nested_host.machine import running
 from caesura_testing.nested_guests import (
     ROLLOUT_S,
-    STEP_S,
     TEST_S,
     TRIES,
     assert_clock_kept,
     assert_continued,
+    roll,
     until_ready,
 )
 
@@ -44,16 +44,16 @@ async def test_two_hosts_go_to_the_new_kernel_and_one_of_them_back(
             await asyncio.gather(*(asyncio.to_thread(each.prepare, port) for each in hosts))
             await asyncio.gather(*(asyncio.to_thread(each.start_updater) for each in hosts))
             await until_ready(stage, *hosts)
-            await roll(stage, hosts, "kernel-new", image.new)
+            await roll_to(stage, hosts, "kernel-new", image.new)
             # Back is a rollout like any other.
-            await roll(stage, hosts[:1], "kernel-old", image.old)
+            await roll_to(stage, hosts[:1], "kernel-old", image.old)
         except BaseException:
             for host in hosts:
                 print(await asyncio.to_thread(host.account))
             raise
 
 
-async def roll(stage: Any, hosts: Sequence[FleetHost], update: str, release: str) -> None:
+async def roll_to(stage: Any, hosts: Sequence[FleetHost], update: str, release: str) -> None:
     """Rollouts until every host is on the kernel, domain by domain.
 
     Ends are allowed by their names, for a busy machine's emulation is slow: a pause that was over its 30 s ("late"), and a guest
@@ -65,13 +65,7 @@ async def roll(stage: Any, hosts: Sequence[FleetHost], update: str, release: str
     while left:
         tries += 1
         begun = time.monotonic()
-        rollout = await stage.roll(
-            update,
-            selection=m.Selection(hosts=tuple(left)),
-            budget_s=30.0,
-            verify_timeout_s=STEP_S,
-            on_unsynced="proceed",
-        )
+        rollout = await roll(stage, hosts, update, selection=m.Selection(hosts=tuple(left)))
         state = await stage.ended(rollout, timeout_s=ROLLOUT_S)
         print(f"\n{update}: {state.status} {state.codes} {state.reason} in {time.monotonic() - begun:.0f} s")
         for report in await stage.reports(rollout):

@@ -115,7 +115,7 @@ async def test_a_daemon_that_was_restarted_in_the_pause(driver: LibvirtDriver, d
 
 @pytest.mark.parametrize("vm", ["web-1", "db-1"])
 async def test_a_daemon_that_has_lost_the_domain_in_the_pause(
-    driver: LibvirtDriver, daemon: LibvirtDaemon, vm: str
+    driver: LibvirtDriver, daemon: LibvirtDaemon, tmp_path: Path, vm: str
 ) -> None:
     """It was restarted and cannot read its own file of the domain, as after an upgrade: it calls it shut off."""
     plan = driver.resume_plan(vm)
@@ -127,7 +127,17 @@ async def test_a_daemon_that_has_lost_the_domain_in_the_pause(
         _until(lambda: daemon.state(vm) == "shut off", "or this test shows nothing")
         assert condition(plan) == "frozen"
         assert (await driver.read_states())[vm] == "paused"
-        assert await driver.resume(vm, patient(5)) == "running"
+        again = LibvirtDriver(driver._options, (str(daemon.socket),), tmp_path / "again")
+        await again.open()
+        try:
+            assert (await again.read_states())[vm] == "stopped", (
+                "a host updater that is started now knows no better"
+            )
+            again.adopt([plan])
+            assert (await again.read_states())[vm] == "paused"
+            assert await again.resume(vm, patient(5)) == "running"
+        finally:
+            await again.close(stop_vms=False)
         assert condition(plan) == "running"
     finally:
         os.kill(plan.pid, signal.SIGKILL)

@@ -24,7 +24,7 @@ from caesura_host_updater.drivers.process.freezers import (
     request_freeze,
 )
 from caesura_testing.patience import patient
-from caesura_vmcontrol.guard_socket import socket_address
+from caesura_vmcontrol.guard_socket import ask_guard, socket_address
 from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
 from caesura_vmcontrol.procfs import boot_id, read_process
 from caesura_vmcontrol.resume_plans import plan_to_json
@@ -214,6 +214,10 @@ def test_ways_out_that_are_none_from_the_guard_are_told(guard: Guard, tmp_path: 
     plan = LibvirtPlan(
         "web-1", "/none", "qemu:///system", uuid, 1, 0, 0, (str(tmp_path / "none"), str(tmp_path))
     )
+    inspected = guard.ask(connection, do="inspect", plans=[plan_to_json(plan)])
+    assert inspected == {"ok": True, "unusable": {"web-1": [str(tmp_path / "none")]}}
+    assert guard.ask(connection, do="status")["state"] == "ready"
+    assert ask_guard(str(guard.folder), {"do": "inspect", "plans": []}, patient(10))["unusable"] == {}
     request = arming(plan, 20)  # type: ignore[arg-type]
     answer = guard.ask(connection, **request)
     assert answer["unusable"] == {"web-1": [str(tmp_path / "none")]}

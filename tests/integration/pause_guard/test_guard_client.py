@@ -91,7 +91,10 @@ async def test_a_way_out_that_is_none_for_the_guard_is_logged_and_a_risk(
 ) -> None:
     qmp = str(tmp_path / "none")
     plan = LibvirtPlan("web-1", daemon.path, "qemu:///system", UUID, 7, 0, 0, (qmp,))
-    await client.arm("op", time.monotonic() + 60, [plan])
+    assert await client.inspect([plan])
+    assert qmp in client.pause_risk("web-1"), "before the first pause"
+    assert not await client.inspect([plan])
+    await client.arm("op", time.monotonic() + patient(60), [plan])
     said = capsys.readouterr()
     assert "guard.socket_unusable" in said.out + said.err
     assert qmp in client.pause_risk("web-1")

@@ -23,6 +23,8 @@ import pytest
 from caesura_host_updater.drivers.port import DriverError, FreezeFailed, NotRunningYet
 from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp
 from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, Disk
+from caesura_host_updater.drivers.qemu.observer import read_snapshot
+from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 from caesura_vmcontrol import claims
 from caesura_vmcontrol.procfs import process_table
 from caesura_vmcontrol.qemu_plans import QemuPlan, Vmm
@@ -225,6 +227,19 @@ async def test_a_trial_that_could_not_be_made_is_made_again(
     write(binary, good)
     await driver._assessor.assess(guest)
     assert "swap" in driver.capabilities("a").methods
+
+
+async def test_a_trial_that_dies_says_how(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan that is refused by a crash of QEMU must not sound like a connection that was lost."""
+
+    async def dying(qmp: AsyncQmp) -> VmSnapshot:
+        os.kill(qmp.listener, signal.SIGSEGV)
+        return await read_snapshot(qmp)
+
+    monkeypatch.setattr("caesura_host_updater.drivers.qemu.trial.read_snapshot", dying)
+    driver = await rig.open({"a": SMALL})
+    await driver._assessor.assess(driver._guests["a"])
+    assert "it was ended by SIGSEGV" in driver.capabilities("a").missing["swap"]
 
 
 async def test_it_is_looked_at_without_being_asked(

@@ -140,7 +140,6 @@ LANES = {
         python -m caesura_nested_host.image
         pytest -q -rP -n 2 --dist load tests/e2e/kexec
         """,
-        named=True,
         alone=True,
     ),
     "kexec-all": Lane(

@@ -91,7 +91,7 @@ class _Peer:
 
 
 class Daemon(_Peer):
-    """Answers as a test says, all clients side by side."""
+    """Answers as a test says, all clients side by side, and all calls of a client, as libvirt's workers do."""
 
     def __init__(self, path: Path) -> None:
         self.answer: Answer = good
@@ -102,14 +102,20 @@ class Daemon(_Peer):
         threading.Thread(target=super()._accepted, args=(connection,), daemon=True).start()
 
     def _talk(self, connection: socket.socket) -> None:
+        sending = threading.Lock()
         while head := connection.recv(4, socket.MSG_WAITALL):
             data = connection.recv(struct.unpack(">I", head)[0] - 4, socket.MSG_WAITALL)
-            _, _, procedure, _, serial, _ = struct.unpack_from(">IIiiII", data)
-            self.called.append(procedure)
-            answer = self.answer(procedure, serial, data[24:])
+            threading.Thread(target=self._carry_out, args=(connection, sending, data), daemon=True).start()
+
+    def _carry_out(self, connection: socket.socket, sending: threading.Lock, data: bytes) -> None:
+        _, _, procedure, _, serial, _ = struct.unpack_from(">IIiiII", data)
+        self.called.append(procedure)
+        answer = self.answer(procedure, serial, data[24:])
+        with suppress(OSError), sending:  # the client may have left
             if answer is None:
-                return
-            connection.sendall(answer)
+                connection.shutdown(socket.SHUT_RDWR)
+            else:
+                connection.sendall(answer)
 
 
 class QmpSocket(_Peer):

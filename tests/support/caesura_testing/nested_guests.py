@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
+from caesura.contract import messages as m
 from caesura_nested_host.fleet_host import FleetHost
 
 TRIES = 6
@@ -26,6 +28,30 @@ async def until_ready(stage: Any, *hosts: FleetHost) -> None:
         lambda: all(host.ready(stage.fleet_view) for host in hosts), STEP_S, "hosts, guards and guests"
     )
     await asyncio.gather(*(asyncio.to_thread(each.until_guests_beat) for each in hosts))
+
+
+async def roll(
+    stage: Any, hosts: Sequence[FleetHost], update: str, *, selection: m.Selection | None = None
+) -> str:
+    """Start a rollout; its id.
+
+    A QEMU that is started for a comparison may crash in an emulated host (it is emulated itself there). The host refuses by name then, and
+    compares again after a minute.
+    """
+    for _ in range(TRIES):
+        answer = await stage.request(
+            update,
+            selection=selection,
+            budget_s=30.0,
+            verify_timeout_s=STEP_S,
+            on_unsynced="proceed",
+        )
+        if answer.accepted:
+            return str(answer.rollout)
+        assert "a new process cannot be started beside it" in answer.reason, answer.reason
+        print(f"\n{update}: not yet: {answer.reason}")
+        await until_ready(stage, *hosts)
+    raise AssertionError(answer.reason)
 
 
 def assert_continued(host: FleetHost, since: float, release: str) -> None:

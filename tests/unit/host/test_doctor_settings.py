@@ -10,6 +10,7 @@ from caesura.runtime.settings import SettingsError
 from caesura_doctor import command as doctor
 from caesura_doctor import host_settings as settings_of_host
 from caesura_doctor.host_settings import EnvFileUnusable, host_settings, read_env_file
+from caesura_doctor.service_user import own_command
 
 
 def test_comments_quotes_and_blanks(tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def test_a_password_that_only_root_may_read_keeps_the_broker_out_and_nothing_els
     assert ("broker.password" in found) is broker
     if broker:
         assert found["broker.password"].level == "warning"
-        assert "sudo caesura doctor" in found["broker.password"].remedy
+        assert f"sudo {own_command()} doctor" in found["broker.password"].remedy
 
 
 def test_a_password_that_may_be_read_is(installed: Path) -> None:

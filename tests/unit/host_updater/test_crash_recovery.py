@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from caesura_host_updater.pause_markers import PauseMarkers
 from caesura_host_updater.service import HostUpdater
 from caesura_vmcontrol import markers
 from caesura_vmcontrol.procfs import boot_id
-from caesura_vmcontrol.resume_plans import CgroupPlan
+from caesura_vmcontrol.resume_plans import CgroupPlan, ResumePlan
 
 
 class Fleet:
@@ -207,3 +207,29 @@ async def test_a_marked_vm_that_does_not_answer_is_resumed_too(marked: Callable[
     fleet.state = "unknown"
     await at_start(fleet, marked("a")).run(1)
     assert fleet.asked.count("resume a") == 2
+
+
+class Discovered(Fleet):
+    """A platform that has lost a VM which is paused with our marker, until it is told of it."""
+
+    def __init__(self, *resumes: object) -> None:
+        super().__init__(*resumes)
+        self.adopted: list[str] = []
+
+    def adopt(self, plans: Iterable[ResumePlan]) -> None:
+        self.adopted = [plan.vm for plan in plans]
+
+    async def read_states(self) -> dict[str, str]:
+        return dict.fromkeys(self.adopted, "unknown")
+
+
+async def test_a_vm_that_its_platform_has_lost_is_resumed_all_the_same(
+    tmp_path: Path, marked: Callable[..., PauseMarkers]
+) -> None:
+    """Its marker was removed, and its operation reported as ended."""
+    fleet = Discovered(NotRunningYet("a", "libvirt does not know it any more"), "running")
+    pauses = marked("a")
+    await at_start(fleet, pauses).run(1)
+    assert fleet.asked == ["resume a", "resume a", "disarm op-1", "release a"]
+    await pauses.close()
+    assert markers.read(str(tmp_path)) == {}

@@ -27,7 +27,7 @@ from caesura_host_updater.drivers.libvirt.domain_view import DomainView
 from caesura_host_updater.drivers.libvirt.driver import LibvirtDriver
 from caesura_host_updater.drivers.libvirt.guest_memory import GuestMemory
 from caesura_host_updater.drivers.libvirt.restarting import DomainRestarter
-from caesura_host_updater.drivers.port import FreezeFailed, ShutdownFailed
+from caesura_host_updater.drivers.port import DriverError, FreezeFailed, ShutdownFailed
 from caesura_testing.libvirt_answers import UUID as _UUID
 from caesura_testing.libvirt_answers import Answer, Daemon, QmpSocket, good, refusal, reply, with_job
 from caesura_testing.patience import patient
@@ -206,6 +206,46 @@ async def test_a_domain_that_the_daemon_has_lost_keeps_its_way_out(
     assert qmp.status == "running"
 
 
+@pytest.mark.parametrize("listed", [_LABEL, '<vm name="renamed" set="web" update-domain="0"/>', ""])
+async def test_a_start_finds_a_paused_domain_that_the_daemon_has_lost(
+    daemon: Daemon, qmp: QmpSocket, tmp_path: Path, listed: str
+) -> None:
+    """The host updater is started while the daemon calls it off, or unknown: it was reported as ended, and stayed paused."""
+    me = read_process(os.getpid())
+    assert me is not None
+    lost = replace(_view(daemon).plans["web-old"], pid=me.pid, start_ticks=me.start_ticks, qmp=(qmp.path,))
+    daemon.answer = lambda procedure, serial, arguments: (
+        reply(procedure, serial, refusal(42, "Domain not found"), status=1)
+        if procedure == _LOOKUP
+        else good(procedure, serial, arguments)
+    )
+    driver = _driver(daemon, tmp_path)
+    off = {_UUID: FoundDomain(name="web-1", uuid=_UUID, number=-1, label=listed)}
+    seen = replace(_view(daemon, listed), found=off, plans={}) if listed else DomainView("9.0.0")
+    driver._take(seen)
+    driver.adopt([lost])
+    for _ in range(2):
+        assert await driver.read_states() == {"web-old": "paused"}
+        driver._take(seen)
+    assert await driver.resume("web-old", patient(2)) == "running"
+    await driver.release("web-old")
+    driver._take(seen)
+    assert {vm.name for vm in driver.members()} == set(seen.vms)
+
+
+def test_a_start_adopts_no_domain_that_is_known_or_over(daemon: Daemon, tmp_path: Path) -> None:
+    driver = _driver(daemon, tmp_path)
+    driver._take(_view(daemon))
+    known = driver.plans["web-old"]
+    other = replace(known, vm="b", uuid=_UUID.replace("7", "6"))
+    driver.adopt([replace(known, number=3), replace(other, pid=os.getpid(), start_ticks=1), other])
+    assert driver.plans == {"web-old": known}
+    assert [vm.name for vm in driver.members()] == ["web-old"]
+    driver._failed("no libvirt")
+    driver.adopt([other])
+    assert driver.plans["b"] == other, "nobody says that it is over"
+
+
 async def test_who_was_paused_by_somebody_else_after_a_refused_freeze_is_left(
     daemon: Daemon, tmp_path: Path
 ) -> None:
@@ -281,6 +321,14 @@ async def test_a_late_pause_that_was_ended_by_the_operation_is_expected_no_longe
     await driver._late.close()
 
 
+async def test_who_left_it_paused_is_told_how_to_resume_it(daemon: Daemon, tmp_path: Path) -> None:
+    """Without the URI, `virsh` of a person asks that person's own daemon."""
+    driver = _driver(daemon, tmp_path)
+    driver._take(_view(daemon))
+    with pytest.raises(FreezeFailed, match=f"resume it with `virsh -c qemu:///system resume {_UUID}`"):
+        await driver.freeze("web-old", time.monotonic() + patient(5))
+
+
 async def test_a_binding_that_is_missing_is_told_at_the_start(tmp_path: Path) -> None:
     driver = LibvirtDriver(LibvirtOptions(binding=str(tmp_path)), (str(tmp_path / "none"),), tmp_path)
     with pytest.raises(NoBinding):
@@ -318,6 +366,9 @@ class _Starting:
         self.vms = {"a": LibvirtVm(name="a", uuid=_UUID, domain_name="a")}
         self.plans: dict[str, LibvirtPlan] = {}
         self.said: list[str] = []
+        self.go = threading.Event()
+        self.go.set()
+        self.changes = asyncio.Event()
         if process is not None:
             found = read_process(process.pid)
             assert found is not None
@@ -329,13 +380,14 @@ class _Starting:
 
     def start(self, _: str) -> None:
         self.said.append("start")
+        self.go.wait()
 
     async def look(self) -> None:
-        if "start" in self.said:
+        if "start" in self.said and self.go.is_set():
             self.plans = {"a": LibvirtPlan("a", "/s", "qemu:///system", _UUID, 2, 0, 0)}
 
     def restarter(self, folder: Path) -> DomainRestarter:
-        return DomainRestarter(self, lambda: self, self.look, folder)  # type: ignore[arg-type, return-value]
+        return DomainRestarter(self, lambda: self, self.look, folder, self.changes.set)  # type: ignore[arg-type, return-value]
 
 
 @pytest.fixture
@@ -360,19 +412,56 @@ async def test_a_domain_that_ends_long_after_it_was_asked_is_not_started_for_tha
     asked_at = time.time() - age_s
     os.utime(tmp_path / "a.shutdown", (asked_at, asked_at))
     world.plans.clear()
-    soon = age_s < 3600
-    assert await restarter.start_ended(()) is soon
-    assert world.said == (["shutdown", "start"] if soon else ["shutdown"])
+    restarter.start_ended(())
+    async with asyncio.timeout(60):
+        while (tmp_path / "a.shutdown").exists():  # noqa: ASYNC110 - a file's end
+            await asyncio.sleep(0.01)
+    assert world.said == (["shutdown", "start"] if age_s < 3600 else ["shutdown"])
     assert "a" not in restarter.down
-    assert not (tmp_path / "a.shutdown").exists()
 
 
 async def test_a_domain_that_was_down_already_is_started_again_after_the_update(tmp_path: Path) -> None:
     world = _Starting(None)
     restarter = world.restarter(tmp_path)
     assert await restarter.shut_down("a", time.monotonic() + 5) == "itself"
-    assert await restarter.start_ended(())
+    restarter.start_ended(())
+    async with asyncio.timeout(60):
+        while restarter.down:  # noqa: ASYNC110 - a thread's work
+            await asyncio.sleep(0.01)
     assert world.said == ["start"]
+
+
+async def test_a_start_that_hangs_delays_nobody_is_named_and_is_not_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage that hangs: looks, the undoing of late pauses and the updater's own start go on."""
+    monkeypatch.setattr(restarting, "_START_S", 0.01)
+    (tmp_path / "a.shutdown").touch()
+    world = _Starting(None)
+    world.go.clear()
+    restarter = world.restarter(tmp_path)
+    try:
+        async with asyncio.timeout(60):
+            await restarter.open()
+            await world.changes.wait()
+        assert restarter.errors == {"a": "libvirt has not started it within 0.01 s"}
+        restarter.start_ended(())
+        with pytest.raises(DriverError, match="has not started it within"):
+            await restarter.start("a", time.monotonic())
+        assert world.said == ["start"]
+        world.changes.clear()
+    finally:
+        world.go.set()
+    async with asyncio.timeout(60):
+        await world.changes.wait()
+    assert (restarter.errors, restarter.down) == ({}, set())
+    await restarter.close()
+
+
+async def test_the_ping_names_a_start_that_hangs(daemon: Daemon, tmp_path: Path) -> None:
+    driver = _driver(daemon, tmp_path)
+    driver._restarter.errors["a"] = "libvirt has not started it within 30 s"
+    assert "a ended, and is to be started again: libvirt has not started it" in driver.ping()
 
 
 # -- a daemon that does not answer in a freeze ------------------------------------------------------------------

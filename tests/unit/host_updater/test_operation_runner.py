@@ -213,9 +213,10 @@ class FakeGuard:
             raise self.no_jump
 
     async def drop(self, operation: str, vms: Sequence[str]) -> None:
-        assert operation in self.armed
         if self.broken is not None:
             raise self.broken
+        if operation not in self.armed:
+            raise GuardUnavailable(f"operation {operation} is not armed")
         self.dropped += vms
 
     async def disarm(self, operation: str) -> Intent | None:
@@ -832,6 +833,34 @@ async def test_a_guard_that_hangs_delays_no_resume_of_the_others(journal: Journa
     answered.set()
     await running
     assert disarmed == [["a"]]
+
+
+@pytest.mark.parametrize("why", ["aborted", "lost"])
+async def test_an_operation_that_ends_before_its_first_freeze_leaves_every_vm_to_whoever_paused_it(
+    journal: JournalThread, why: str
+) -> None:
+    """The guard would resume a VM that its operator has paused since the admission."""
+    scene = Scene(journal, "a", "b")
+    arm, disarm, dropped = scene.guard.arm, scene.guard.disarm, list[list[str]]()
+
+    async def late(
+        operation: str, deadline: float, plans: Sequence[ResumePlan], change: KernelChange | None = None
+    ) -> None:
+        await arm(operation, deadline, plans, change)
+        if why == "aborted":
+            scene.runner.abort("aborted", "enough")
+            return
+        raise GuardUnavailable("its answer was lost")
+
+    async def record(operation: str) -> Intent | None:
+        dropped.append(list(scene.guard.dropped))
+        return await disarm(operation)
+
+    scene.guard.arm, scene.guard.disarm = late, record  # type: ignore[method-assign]
+    op = await scene.run()
+    assert op.end == ("cancelled" if why == "aborted" else "failed")
+    assert not scene.driver.freezing.is_set()
+    assert dropped == [["a", "b"]]
 
 
 async def test_who_was_left_is_told_to_the_guard_before_the_disarm(journal: JournalThread) -> None:

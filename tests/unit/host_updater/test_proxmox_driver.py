@@ -27,7 +27,7 @@ def driver() -> ProxmoxDriver:
 def _saying(monkeypatch: pytest.MonkeyPatch, status: str) -> None:
     """What QEMU says of its guest; empty: nothing, for it serves another client."""
 
-    def ask(*_: object) -> GuestState:
+    def ask(*_: object, agent: bool = False) -> GuestState:
         if not status:
             raise QmpNoAnswer("QEMU hangs, or serves another client")
         return GuestState(status)
@@ -62,3 +62,31 @@ async def test_a_vm_that_does_not_run_is_not_touched(driver: ProxmoxDriver) -> N
     with pytest.raises(FreezeFailed, match="is not running") as raised:
         await driver.freeze(_VM, time.monotonic())
     assert raised.value.untouched
+
+
+async def test_a_qemu_that_is_busy_for_a_moment_is_not_unknown(
+    driver: ProxmoxDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that came in that moment was refused, and the rollout halted. The freeze asks it again, and waits for it."""
+    driver._vms, driver._plans, driver._error = {_VM: _SPEC}, {_VM: _PLAN}, ""
+    monkeypatch.setattr(module, "alive", lambda *_: True)
+    monkeypatch.setattr(module, "is_held", lambda _: False)
+    monkeypatch.setattr(module, "_KNOWN_S", 0.0)
+    _saying(monkeypatch, "running")
+    assert await driver.read_states() == {_VM: "running"}
+    _saying(monkeypatch, "")
+    assert await driver.read_states() == {_VM: "running"}
+    assert "freeze" in driver.capabilities(_VM).methods
+    monkeypatch.setattr(module, "_BUSY_S", 0.0)
+    assert await driver.read_states() == {_VM: "unknown"}
+    _saying(monkeypatch, "running")
+    await driver.read_states()
+    monkeypatch.setattr(module, "_BUSY_S", 60.0)
+    driver._held.pausing(_VM, _PLAN)
+    _saying(monkeypatch, "")
+    assert await driver.read_states() == {_VM: "unknown"}, "of an operation: it may be paused by now"
+    await driver.close(stop_vms=False)
+
+
+def test_the_plan_says_that_another_client_may_keep_it_paused(driver: ProxmoxDriver) -> None:
+    assert "one client at a time" in driver.capabilities(_VM).pause_risk

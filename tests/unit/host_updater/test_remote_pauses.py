@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,10 +135,128 @@ async def test_a_pause_of_ours_that_begins_in_the_meantime_is_not_asked_about(
 
 async def test_a_new_pause_of_ours_is_told_of_an_earlier_one(world: World) -> None:
     late = await world.begin()
-    assert not late.forget("a")
+    assert not late.forget(_PLAN)
     late.expect(_PLAN)
-    assert late.forget("a")
+    assert late.forget(_PLAN)
     world.state = "frozen"
     await late.undo()
     assert world.state == "frozen", "it is ours now"
+    await late.close()
+
+
+async def test_one_that_is_not_listed_is_looked_at_by_its_noted_plan(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its daemon was away since the updater's start, or an edited label gave it another name."""
+    monkeypatch.setattr(remote_pauses, "_LATE_S", -1.0)
+    late = await world.begin()
+    late.expect(_PLAN)
+    world.plan = None
+    world.state = "frozen"
+    await late.undo()
+    assert world.state == "running"
+    await late.close()
+
+
+async def test_one_of_which_nobody_says_anything_stays_noted(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_pauses, "_LATE_S", -1.0)
+
+    def silent(_: LibvirtPlan) -> str:
+        raise OSError("no answer")
+
+    late = await world.begin()
+    late.expect(_PLAN)
+    world.plan = None
+    world.excluded = True
+    with monkeypatch.context() as patched:
+        patched.setattr(remote_pauses, "condition", silent)
+        await late.undo()
+    assert "a" in late
+    world.state = "gone"
+    await late.undo()
+    assert "a" not in late, "its end is an answer"
+    await late.close()
+
+
+async def test_a_new_pause_under_another_name_is_ours_too(world: World) -> None:
+    late = await world.begin()
+    late.expect(_PLAN)
+    world.plan = replace(_PLAN, vm="b")
+    assert late.forget(world.plan)
+    world.state = "frozen"
+    await late.undo()
+    assert world.state == "frozen"
+    await late.close()
+
+
+def test_another_domain_is_never_the_same_life() -> None:
+    """A daemon that was restarted gives ids again, and without a process there is nothing else."""
+    one = replace(_PLAN, pid=0, start_ticks=0)
+    assert is_same_life(one, replace(one, vm="b"))
+    assert not is_same_life(one, replace(one, vm="b", uuid=_UUID.replace("7", "6")))
+
+
+async def test_an_undoing_delays_only_a_new_pause_of_its_own_vm(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that is slow about one VM; a resume is over when the VM runs, whatever is done beside it."""
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(_: LibvirtPlan) -> str:
+        begun.set()
+        go.wait()
+        return "running"
+
+    monkeypatch.setattr(remote_pauses, "condition", slow)
+    late = await world.begin()
+    late.expect(_PLAN)
+    undoing = asyncio.create_task(late.undo())
+    await asyncio.to_thread(begun.wait)
+    other = replace(_PLAN, vm="b", uuid=_UUID.replace("7", "6"), number=2, pid=4712)
+    forgotten = threading.Event()
+
+    def forget() -> None:
+        late.forget(_PLAN)
+        forgotten.set()
+
+    try:
+        async with asyncio.timeout(60):
+            assert not await asyncio.to_thread(late.forget, other)
+        own = asyncio.create_task(asyncio.to_thread(forget))
+        assert not await asyncio.to_thread(forgotten.wait, 0.05), "it waits for the end of the undoing"
+        late.forget_resumed("a")  # does not wait
+        assert "a" not in late
+    finally:
+        go.set()
+    await asyncio.gather(undoing, own)
+    await late.close()
+
+
+async def test_one_that_hangs_delays_the_undoing_of_no_other(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+
+    def look(plan: LibvirtPlan) -> str:
+        if plan.vm == "a":
+            go.wait()
+        return world.state
+
+    monkeypatch.setattr(remote_pauses, "condition", look)
+    late = await world.begin()
+    world.plan = None
+    for plan in (_PLAN, replace(_PLAN, vm="b", uuid=_UUID.replace("7", "6"), number=2, pid=4712)):
+        late.expect(plan)
+    world.state = "frozen"
+    undoing = asyncio.create_task(late.undo())
+    try:
+        async with asyncio.timeout(60):
+            while "b" in late:  # noqa: ASYNC110 - a thread's work
+                await asyncio.sleep(0.01)
+        assert "a" in late
+    finally:
+        go.set()
+    await undoing
     await late.close()

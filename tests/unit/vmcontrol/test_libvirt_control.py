@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -168,18 +169,19 @@ def test_many_domains_of_a_slow_daemon_have_their_time_each(
 def test_one_domain_that_is_not_answered_for_hides_no_other(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(libvirt_control, "RPC_S", patient(0.1))
-    states = 0
+    monkeypatch.setattr(libvirt_control, "RPC_S", patient(1))
+    states, over = 0, threading.Event()
 
     def answer(procedure: int, serial: int, arguments: bytes) -> bytes | None:
         nonlocal states
         states += procedure == _STATE
         if procedure == _STATE and states == 2:
-            time.sleep(patient(0.3))
+            over.wait()
         return good(procedure, serial, arguments)
 
     daemon.answer = answer
     found = look_at([plan(daemon, vm=vm) for vm in ("a", "b", "c")])
+    over.set()
     assert {vm for vm, look in found.items() if look is None} == {"b"}
 
 

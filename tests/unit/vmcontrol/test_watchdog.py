@@ -669,6 +669,18 @@ def test_what_is_dropped_is_of_this_operation_and_before_it_fired() -> None:
     assert [plan["vm"] for plan in written(world)["plans"]] == ["a", "b"]
 
 
+def test_an_operation_of_which_all_is_dropped_is_released_without_a_look() -> None:
+    """Nothing of it was frozen: who is paused, or cannot be looked at, is somebody else's."""
+    world = World()
+    world.watch.arm(world.intent())
+    world.freeze()
+    world.unreadable = {"b"}
+    world.watch.drop("op", ["a", "b"])
+    assert world.watch.disarm("op") is None
+    assert world.vms == {"a": "frozen", "b": "frozen"}
+    assert (state(world), world.disk) == ("ready", None)
+
+
 def test_a_full_disk_does_not_make_a_dropped_vm_the_operations_again() -> None:
     """It is told: a guard that is started again would take it for one."""
     world = World()

@@ -96,7 +96,7 @@ class ContainerDriver:
         """Why a container does not run, or cannot be paused."""
         self._left: dict[str, str] = {}
         self._tries: ResumeTries[Literal["running", "gone"]] = ResumeTries()
-        self._late = LatePauses(self._runs.get, "the engine", self._folder)
+        self._late = LatePauses(lambda noted: self._runs.get(noted.vm), "the engine", self._folder)
         self._engine_error = "it was not asked yet"
         self._engine = EngineFacts()
         self._change = asyncio.Event()
@@ -357,7 +357,7 @@ class ContainerDriver:
 
     def _freeze(self, plan: EnginePlan, by: float, stop: threading.Event) -> None:
         vm = plan.vm
-        was_expected = self._late.forget(vm)
+        was_expected = self._late.forget(plan)
         try:
             pause_container(plan, by, stop, self._call)
         except PausedBefore as error:
@@ -408,5 +408,5 @@ class ContainerDriver:
         except OSError as error:
             raise NotRunningYet(vm, str(error)) from error
         if was_paused:
-            self._late.forget(vm)
+            self._late.forget_resumed(vm)
         return "running" if state == "running" and vm in self._runs else "gone"

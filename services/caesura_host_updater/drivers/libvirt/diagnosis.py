@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from caesura_host_updater.drivers.diagnosis import Diagnosis, ok, warning, wrong
@@ -19,11 +19,15 @@ from caesura_host_updater.drivers.libvirt.definition import (
 )
 from caesura_host_updater.drivers.libvirt.resume_paths import plan_of_domain
 from caesura_vmcontrol.bounded_calls import CallTimeout, within
+from caesura_vmcontrol.guard_socket import ask_guard
 from caesura_vmcontrol.libvirt_control import libvirt_condition
+from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
+from caesura_vmcontrol.resume_plans import plan_to_json
 
 _RIGHTS = "put the user of host updater and guard into the group libvirt, or install deploy/polkit/50-caesura-libvirt.rules"
 
 HANGS = "systemctl restart libvirtd (or virtqemud): its domains run on"
+_GUARD_S = 2.0  # s: for its answer; it takes milliseconds
 _ANSWER_S = 5.0  # s: for all that is asked of the daemon; it takes some 10 ms
 
 
@@ -34,8 +38,8 @@ def sockets_of(options: LibvirtOptions, environ: Mapping[str, str]) -> tuple[str
     return usual_sockets(options.uri, environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}")
 
 
-def diagnose(options: LibvirtOptions, environ: Mapping[str, str]) -> Iterator[Diagnosis]:
-    """See the module."""
+def diagnose(options: LibvirtOptions, environ: Mapping[str, str], state_dir: Path) -> Iterator[Diagnosis]:
+    """See the module. ``state_dir``: where the pause guard listens."""
     sockets = sockets_of(options, environ)
     socket = existing_socket(sockets)
     if not Path(socket).exists():
@@ -65,8 +69,25 @@ def diagnose(options: LibvirtOptions, environ: Mapping[str, str]) -> Iterator[Di
     for domain, why in sorted(passed.items()):
         yield wrong("libvirt.name", f"domain {domain} cannot be a VM: {why}", "as the text says")
     found = {domain.uuid: domain for domain in domains}
+    plans = {
+        vm.name: plan
+        for vm in vms
+        if (number := found[vm.uuid].number) > 0
+        and (plan := plan_of_domain(vm, number, socket, options.uri)) is not None
+    }
+    unusable = _unusable(plans.values(), state_dir)
     for vm in vms:
-        yield from _of_domain(vm, found[vm.uuid], socket, options)
+        yield from _of_domain(vm, found[vm.uuid], plans.get(vm.name), options, unusable.get(vm.name, []))
+
+
+def _unusable(plans: Iterable[LibvirtPlan], state_dir: Path) -> dict[str, list[str]]:
+    """What the guard may not use of what was found with our rights, which may be more; nothing where it cannot be asked."""
+    request = {"do": "inspect", "plans": [plan_to_json(plan) for plan in plans]}
+    try:
+        answer = ask_guard(str(state_dir), request, _GUARD_S)
+    except (OSError, ValueError):
+        return {}  # that is said of the guard
+    return dict(answer.get("unusable", {}))
 
 
 def _ask(options: LibvirtOptions, socket: str) -> tuple[str, list[FoundDomain]]:
@@ -78,7 +99,7 @@ def _ask(options: LibvirtOptions, socket: str) -> tuple[str, list[FoundDomain]]:
 
 
 def _of_domain(
-    vm: LibvirtVm, domain: FoundDomain, socket: str, options: LibvirtOptions
+    vm: LibvirtVm, domain: FoundDomain, plan: LibvirtPlan | None, options: LibvirtOptions, unusable: list[str]
 ) -> Iterator[Diagnosis]:
     called = vm.name if vm.name == vm.domain_name else f"{vm.name} ({vm.domain_name})"
     if vm.label_error:
@@ -90,7 +111,6 @@ def _of_domain(
             f"{called} is in no set: nothing keeps it and its peers from being paused at once",
             f"caesura libvirt label {shlex.quote(vm.domain_name)} --set SET --update-domain N",
         )
-    plan = plan_of_domain(vm, domain.number, socket, options.uri) if domain.number > 0 else None
     if plan is None:
         yield ok("libvirt.domain", f"{called} does not run")
         return
@@ -106,7 +126,13 @@ def _of_domain(
             f"virsh -c {options.uri} resume {shlex.quote(vm.domain_name)}",
         )
     ways = "libvirt" if not plan.qmp else f"libvirt, and {' and '.join(plan.qmp)} where that is away"
-    if plan.qmp:
+    if unusable:
+        yield warning(
+            "libvirt.ways",
+            f"{called}: the pause guard may not use {' and '.join(unusable)}: a daemon that dies in a pause keeps it paused",
+            "give host updater and pause guard the same rights: the drop-ins *-root.conf of deploy/systemd/libvirt, then restart both",
+        )
+    elif plan.qmp:
         yield ok("libvirt.ways", f"{called} is resumed by {ways}")
     else:
         yield warning(

@@ -1,19 +1,22 @@
 """The ``libvirt`` driver: the port's verbs over domains.
 
-Domains are found, and noticed by libvirt's events when they come, go or change their labels. A pause and its end go over short
-connections of the RPC that the pause guard uses, too; everything else over the binding's connection.
+Domains are found, and noticed by libvirt's events when they come, go or change their labels. A pause and its end go over
+connections of the RPC as the pause guard has them, opened ahead; everything else over the binding's connection.
 """
 
 from __future__ import annotations
 
 import asyncio
+import shlex
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from caesura.contract.messages import Method, ProofCode, VmState
 from caesura.runtime.logs import get_logger
@@ -50,6 +53,7 @@ from caesura_host_updater.drivers.port import (
 )
 from caesura_host_updater.drivers.remote_pauses import LatePauses, ResumeTries
 from caesura_vmcontrol.freezer_control import Condition
+from caesura_vmcontrol.libvirt_connections import open_ahead
 from caesura_vmcontrol.libvirt_control import (
     MIGRATES,
     DomainLook,
@@ -58,6 +62,7 @@ from caesura_vmcontrol.libvirt_control import (
 )
 from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
 from caesura_vmcontrol.procfs import alive
+from caesura_vmcontrol.resume_plans import ResumePlan
 
 _LOOK_S = 5.0  # s: between two looks without an event
 _ASK_S = 5.0  # s: for a list of the domains; it takes milliseconds
@@ -84,8 +89,8 @@ _NOT_PAST_A_HANG = (
     " domain's own helps (docs/drivers/libvirt.md)"
 )
 _STARTED_AGAIN = "it was started again in its pause: what its memory held is lost"
-_MIGRATED = "it was migrated to another host in its pause, and is paused there as it was here: there, `virsh resume {}`"
-_MIGRATING = f"{MIGRATES}, where it is paused as it was here: there, `virsh resume {{}}`; if the migration fails, it is resumed here"
+_MIGRATED = "it was migrated to another host in its pause, and is paused there as it was here: there, `virsh -c {} resume {}`"
+_MIGRATING = f"{MIGRATES}, where it is paused as it was here: there, `virsh -c {{}} resume {{}}`; if the migration fails, it is resumed here"
 
 _log = get_logger("caesura.driver")
 
@@ -119,13 +124,15 @@ class LibvirtDriver:
         self._left: dict[str, str] = {}
         self._untouched: set[str] = set()
         """VMs that were to be paused, and to which nothing was done: if one is paused now, somebody else paused it."""
-        self._late = LatePauses(self._plan, "libvirt", self._folder, is_same_life, is_settled)
+        self._late = LatePauses(self._plan_now, "libvirt", self._folder, is_same_life, is_settled)
         self._tries: ResumeTries[ResumeResult] = ResumeTries()
         self._error = "libvirt was not asked yet"
         self._domains = SingleLook(self._ask, _ASK_S, self._silent)
-        self._restarter = DomainRestarter(self, self._connected, self._domains.take, self._folder)
         self._event = asyncio.Event()
         self._change = asyncio.Event()
+        self._restarter = DomainRestarter(
+            self, self._connected, self._domains.take, self._folder, self._change.set
+        )
         self._looking: asyncio.Task[None] | None = None
 
     # -- life ---------------------------------------------------------------------------------------------
@@ -162,6 +169,7 @@ class LibvirtDriver:
         if self._looking is not None:
             self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
+        await self._restarter.close()
         await self._late.close()
         if self._connection is not None:
             with suppress(TimeoutError):
@@ -181,8 +189,9 @@ class LibvirtDriver:
             try:
                 await looks
                 # Not every event changes what the view holds: that a domain is paused is read when it is published.
-                if await self._restarter.start_ended(self._held) or told:
+                if told:
                     self._change.set()
+                self._restarter.start_ended(self._held)
             except Exception as error:  # noqa: BLE001 - whatever it is, the domains are looked at again
                 self._failed(f"the domains cannot be looked at: {error!r}")
 
@@ -216,6 +225,24 @@ class LibvirtDriver:
         self._left = {vm: why for vm, why in self._left.items() if vm in view.plans or vm in self._held}
         self._seen, self.vms, self.plans, self._error = view, view.vms, view.plans, ""
 
+    def adopt(self, plans: Iterable[ResumePlan]) -> None:
+        """A daemon that is away, or was restarted in a pause and could not read its files, does not name them; their processes live."""
+        for plan in plans:
+            if isinstance(plan, LibvirtPlan) and self._is_lost(plan):
+                others = {name: vm for name, vm in self.vms.items() if vm.uuid != plan.uuid}
+                listed = next((vm for vm in self.vms.values() if vm.uuid == plan.uuid), None)
+                vm = listed or LibvirtVm(uuid=plan.uuid, domain_name=plan.vm, name=plan.vm)
+                self.vms = others | {plan.vm: msgspec.structs.replace(vm, name=plan.vm)}
+                self.plans = {**self.plans, plan.vm: plan}
+                memories = {**self._seen.memories, plan.vm: GuestMemory()}
+                self._seen = replace(self._seen, vms=self.vms, plans=self.plans, memories=memories)
+                self._held.pausing(plan.vm, plan)
+
+    def _is_lost(self, plan: LibvirtPlan) -> bool:
+        if any(each.uuid == plan.uuid for each in self.plans.values()):
+            return False
+        return alive(plan.pid, plan.start_ticks) if plan.pid else bool(self._error)
+
     def members(self) -> tuple[LibvirtVm, ...]:
         """The VMs that there are now."""
         return tuple(self.vms.values())
@@ -238,14 +265,17 @@ class LibvirtDriver:
         return f"{text}; not a VM: {passed}" if passed else text
 
     def ping(self) -> str:
-        """Names domains that do not run or cannot be VMs, and a daemon that does not answer."""
+        """Names domains that do not run, cannot be started again or cannot be VMs, and a daemon that does not answer."""
         down = [
             f"{vm} ({self.health_error(vm)})"
             for vm in self.vms
             if vm not in self.plans and vm not in self._restarter.down
         ]
         passed = [f"{domain} cannot be a VM: {why}" for domain, why in sorted(self._seen.passed.items())]
-        parts = [f"not running: {', '.join(down)}" if down else "", *passed, self._error]
+        late = [
+            f"{vm} ended, and is to be started again: {why}" for vm, why in self._restarter.errors.items()
+        ]
+        parts = [f"not running: {', '.join(down)}" if down else "", *late, *passed, self._error]
         return "; ".join(filter(None, parts))
 
     def health_error(self, vm: str) -> str:
@@ -340,14 +370,18 @@ class LibvirtDriver:
         if self._held.remove(vm):
             self._event.set()
 
-    def _plan(self, vm: str) -> LibvirtPlan | None:
-        return self.plans.get(vm)
+    def _plan_now(self, noted: LibvirtPlan) -> LibvirtPlan | None:
+        """A label that was edited may have given it another name."""
+        return next((plan for plan in self.plans.values() if plan.uuid == noted.uuid), None)
 
     def resume_plan(self, vm: str) -> LibvirtPlan:
         """Through libvirt, and past it where there is a way."""
         plan = self.plans.get(vm)
         if plan is None or (plan.pid and not alive(plan.pid, plan.start_ticks)):
             raise DriverError(vm, self.health_error(vm) or "its domain does not run")
+        open_ahead(
+            self.plans.values()
+        )  # a pause is about to begin, of all of them perhaps, and polkit may be slow
         return plan
 
     async def freeze(self, vm: str, by: float) -> None:
@@ -367,7 +401,7 @@ class LibvirtDriver:
 
     def _freeze(self, plan: LibvirtPlan, label_error: str, by: float, stop: threading.Event) -> None:
         vm = plan.vm
-        was_expected = self._late.forget(vm)
+        was_expected = self._late.forget(plan)
         try:
             self._pause(plan, label_error, by, stop)
         except FreezeFailed as error:
@@ -415,15 +449,18 @@ class LibvirtDriver:
             result = await self._tries.resume(vm, timeout_s, work, "libvirt has not resumed it")
             end, why = result.end, result.why_left
             if result.was_paused and end == "running":
-                await in_thread(f"late pause of {vm}", partial(self._late.forget, vm))
+                self._late.forget_resumed(vm)
         if end == "gone" and vm in self._held and await self._was_migrated(vm):
-            end, why = "left", _MIGRATED.format(self.vms[vm].domain_name)
+            end, why = "left", _MIGRATED.format(self._options.uri, self._quoted(vm))
         elif end == "left" and why == MIGRATES and plan is not None and vm not in self._untouched:
-            why = _MIGRATING.format(self.vms[vm].domain_name)
+            why = _MIGRATING.format(self._options.uri, self._quoted(vm))
             self._late.expect(plan)
         if end == "left":
             self._left[vm] = why
         return end
+
+    def _quoted(self, vm: str) -> str:
+        return shlex.quote(self.vms[vm].domain_name)
 
     # -- shutting down ------------------------------------------------------------------------------------
 

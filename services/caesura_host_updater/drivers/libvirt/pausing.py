@@ -18,8 +18,8 @@ from caesura_vmcontrol.libvirt_rpc import LibvirtPlan, LibvirtSilent
 from caesura_vmcontrol.vm_control import resume_vm
 
 _STEP_S = 0.005  # s: between two looks at a domain that is to be paused or to run
-PAUSED_BEFORE = "it was paused by somebody else before anything was done: resume it with `virsh resume`"
-_NOT_BY_US = "it is paused, and not by Caesura: resume it with `virsh resume`"
+PAUSED_BEFORE = "it was paused by somebody else before anything was done"
+_NOT_BY_US = "it is paused, and not by Caesura"
 
 End = Literal["running", "gone", "left"]
 
@@ -59,7 +59,7 @@ def pause_domain(plan: LibvirtPlan, by: float, stop: threading.Event) -> None:
     try:
         suspend_domain(plan, by)
     except DomainPausedBefore as error:
-        raise SuspendedBefore(vm, f"{PAUSED_BEFORE}; {error}", untouched=True) from error
+        raise SuspendedBefore(vm, f"{PAUSED_BEFORE}: {_by_hand(plan)}; {error}", untouched=True) from error
     except DomainNotPaused as error:
         raise FreezeFailed(vm, str(error), untouched=True) from error
     except LibvirtSilent as error:
@@ -89,6 +89,10 @@ def _await_pause(plan: LibvirtPlan, by: float, stop: threading.Event) -> None:
         time.sleep(_STEP_S)
 
 
+def _by_hand(plan: LibvirtPlan) -> str:
+    return f"resume it with `virsh -c {plan.uri} resume {plan.uuid}`"
+
+
 def resume_until(plan: LibvirtPlan, timeout_s: float, *, ours: bool) -> ResumeResult:
     """Resume it until it runs, also where nobody says whether it does: there may be a way for that where none is to look.
 
@@ -111,7 +115,8 @@ def resume_until(plan: LibvirtPlan, timeout_s: float, *, ours: bool) -> ResumeRe
         if look is not None and look.condition == "gone":
             return ResumeResult("left", look.not_ours) if look.not_ours else ResumeResult("gone")
         if not ours:
-            why_left = f"{why}; nothing was done to it" if look is None else look.busy or _NOT_BY_US
+            not_by_us = f"{_NOT_BY_US}: {_by_hand(plan)}"
+            why_left = f"{why}; nothing was done to it" if look is None else look.busy or not_by_us
             return ResumeResult("left", why_left)
         was_paused = was_paused or (look is not None and look.condition == "frozen")
         try:

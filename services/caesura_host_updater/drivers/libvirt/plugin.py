@@ -29,7 +29,7 @@ class LibvirtPlugin(DriverPlugin[LibvirtVm, LibvirtOptions]):
 
     def diagnose(self, setup: DriverSetup[LibvirtVm, LibvirtOptions]) -> Iterable[Diagnosis]:
         """The binding, the daemon, rights, labels, ways out, agents."""
-        return diagnose(setup.options, setup.environ)
+        return diagnose(setup.options, setup.environ, setup.state_dir)
 
     async def build(self, setup: DriverSetup[LibvirtVm, LibvirtOptions]) -> Driver:
         """Does not connect yet."""

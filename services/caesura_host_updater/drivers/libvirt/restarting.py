@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.libvirt.connection import LibvirtConnection
 from caesura_host_updater.drivers.libvirt.definition import LibvirtVm
@@ -20,6 +20,11 @@ from caesura_vmcontrol.procfs import alive
 from caesura_vmcontrol.vm_control import condition
 
 _POLL_S = 0.1  # s: between two looks at a domain that shuts down
+_START_S = (
+    30.0  # s: what libvirt gets for a start, which takes a second or two, before it is said that it hangs
+)
+
+_log = get_logger("caesura.driver")
 
 
 class Domains(Protocol):
@@ -42,6 +47,7 @@ class DomainRestarter:
         connected: the driver's connection.
         look: has the view made again.
         folder: where shutdown requests are noted.
+        on_change: called when ``errors`` has changed.
     """
 
     def __init__(
@@ -50,6 +56,7 @@ class DomainRestarter:
         connected: Callable[[], LibvirtConnection],
         look: Callable[[], Awaitable[None]],
         folder: Path,
+        on_change: Callable[[], None],
     ) -> None:
         self._domains = domains
         self._connected = connected
@@ -57,13 +64,25 @@ class DomainRestarter:
         self._requests = ShutdownRequests(folder)
         self.down: set[str] = set()
         """VMs that were asked to shut down and do not run again yet."""
+        self.errors: dict[str, str] = {}
+        """Why those of them that have ended late are not started yet."""
+        self._on_change = on_change
+        self._starts: dict[str, asyncio.Future[None]] = {}
+        """At most one start for each VM, however often it is tried: one that hangs cannot be called off."""
+        self._late: dict[str, asyncio.Task[None]] = {}
 
     async def open(self) -> None:
         """Take over the VMs that a previous run asked: those that have ended are started."""
         for vm in self._domains.vms:
             if await in_thread("shutdown request", partial(self._requests.left_s, vm)):
                 self.down.add(vm)
-        await self.start_ended(())
+        self.start_ended(())
+
+    async def close(self) -> None:
+        """Wait for no start any more."""
+        for task in self._late.values():
+            task.cancel()
+        await asyncio.gather(*self._late.values(), return_exceptions=True)
 
     async def shut_down(self, vm: str, by: float) -> str:
         """By libvirt, which asks the guest's agent or ACPI; nothing is killed. Raises ShutdownFailed."""
@@ -110,8 +129,16 @@ class DomainRestarter:
         spec = self._domains.vms.get(vm)
         if spec is None:
             raise DriverError(vm, "there is no such domain any more")
+        starting = self._starts.get(vm)
+        if starting is None:
+            work = partial(self._connected().start, spec.uuid)
+            starting = self._starts[vm] = asyncio.ensure_future(in_thread(f"start {vm}", work))
+        done, _ = await asyncio.wait([starting], timeout=_START_S)
+        if not done:
+            raise DriverError(vm, f"libvirt has not started it within {_START_S:g} s")
+        self._starts.pop(vm, None)
         try:
-            await in_thread(f"start {vm}", partial(self._connected().start, spec.uuid))
+            starting.result()
         except OSError as error:
             raise DriverError(vm, f"it cannot be started: {error}") from error
         await self._look()
@@ -120,20 +147,47 @@ class DomainRestarter:
         self.down.discard(vm)
         await in_thread("shutdown request", partial(self._requests.forget, vm))
 
-    async def start_ended(self, of_operation: Iterable[str]) -> bool:
-        """Start VMs that did not shut down in time and have ended since, unless an operation has them. Whether there were any."""
-        started = False
+    def start_ended(self, of_operation: Iterable[str]) -> None:
+        """Start VMs that did not shut down in time and have ended since, unless an operation has them; waits for none of them."""
+        for vm in self.errors.keys() - self.down:
+            del self.errors[vm]  # an operation has started it
         for vm in self.down.difference(of_operation):
-            if vm in self._domains.vms and vm not in self._domains.plans:
-                if not await in_thread("shutdown request", partial(self._requests.left_s, vm)):
-                    # It ended long after it was asked: that was somebody else's wish.
-                    self.down.discard(vm)
-                    await in_thread("shutdown request", partial(self._requests.forget, vm))
-                    continue
-                with suppress(DriverError):
-                    await self._start(vm)
-                    started = True
-        return started
+            is_over = vm in self._domains.vms and vm not in self._domains.plans
+            if is_over and (vm not in self._late or self._late[vm].done()):
+                self._late[vm] = asyncio.create_task(self._start_late(vm), name=f"start {vm}")
+
+    async def _start_late(self, vm: str) -> None:
+        try:
+            if not await in_thread("shutdown request", partial(self._requests.left_s, vm)):
+                # It ended long after it was asked: that was somebody else's wish.
+                self.down.discard(vm)
+                self._tell(vm, "")
+                await in_thread("shutdown request", partial(self._requests.forget, vm))
+                return
+            why = await self._why_not_started(vm)
+            while vm in self._starts:
+                self._tell(vm, why)
+                why = await self._why_not_started(vm)
+            self._tell(vm, why)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the next look tries again
+            self._tell(vm, repr(error))
+
+    async def _why_not_started(self, vm: str) -> str:
+        try:
+            await self._start(vm)
+        except DriverError as error:
+            return error.why
+        return ""
+
+    def _tell(self, vm: str, why: str) -> None:
+        if why == self.errors.get(vm, ""):
+            return
+        if why:
+            _log.error("vm.not_started_yet", vm=vm, why=why)
+            self.errors[vm] = why
+        else:
+            del self.errors[vm]
+        self._on_change()
 
 
 async def has_ended(plan: LibvirtPlan) -> bool:

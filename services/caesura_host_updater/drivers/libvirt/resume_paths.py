@@ -36,6 +36,8 @@ def plan_of_domain(vm: LibvirtVm, number: int, socket: str, uri: str) -> Libvirt
 
 def is_same_life(one: LibvirtPlan, other: LibvirtPlan) -> bool:
     """Whether two plans are of one life of a domain. Its process counts where both know it: ids are given again by a restarted daemon."""
+    if one.uuid != other.uuid:
+        return False
     if one.pid and other.pid:
         return (one.pid, one.start_ticks) == (other.pid, other.start_ticks)
     return one.number == other.number

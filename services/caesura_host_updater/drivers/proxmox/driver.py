@@ -51,6 +51,8 @@ _LOOK_S = 0.5  # s: between two looks at the node's files
 _NODE_S = 5.0  # s: for one look; it takes milliseconds
 _STATE_S = 0.5  # s: for QEMU's answer, behind other clients; it takes milliseconds
 _KNOWN_S = 1.0  # s: how long an answer of a VM counts that is in no operation
+_BUSY_S = 5.0
+"""s: how long one counts while QEMU is silent. Before a VM is paused it is asked again, and the freeze's time is waited for it."""
 _CONFIG_S = 0.5  # s: for one configuration; below a millisecond is usual
 _STEP_S = 0.01  # s: between two looks at a VM that is to run
 _WORKERS = 16
@@ -63,6 +65,10 @@ _MISSING: Mapping[str, str] = {
     "kexec": "its QEMU process belongs to Proxmox: it cannot be started again by the next kernel",
     "reboot": "Proxmox shuts VMs down and starts them (`qm`, high availability); nothing else here starts one",
 }
+_ONE_SOCKET = (
+    "it has one QMP socket, which serves one client at a time: one that comes in the pause and stays keeps it paused, beyond its"
+    " budget if need be (docs/drivers/proxmox.md)"
+)
 _SILENT = "its QEMU does not answer at its QMP socket, or may not be asked by this user: see `caesura doctor`"
 
 _log = get_logger("caesura.driver")
@@ -239,6 +245,7 @@ class ProxmoxDriver:
             missing=missing,
             clock="system" if reachable else "none",
             no_digest="its memory is its QEMU's own, and is not read from outside",
+            pause_risk=_ONE_SOCKET,
         )
 
     def process_of(self, vm: str) -> str:
@@ -285,6 +292,8 @@ class ProxmoxDriver:
             before = self._guests.get(vm)
             if before is not None and before[1] > began:
                 continue  # it was resumed since: this answer may be from before
+            if guest is None and before is not None and vm not in self._held and _counts(before, plan):
+                continue
             self._guests[vm] = (plan, began, guest)
             if before is None or before[2] != guest:
                 self._change.set()
@@ -482,6 +491,11 @@ class ProxmoxDriver:
         if not spec.guest_agent:
             raise NotPossible(vm, f"no guest agent is enabled for it: `qm set {spec.vmid} --agent 1`")
         return sockets_of(self._options.run_dir, spec.vmid)[1]
+
+
+def _counts(seen: tuple[QemuPlan, float, GuestState | None], plan: QemuPlan) -> bool:
+    """Whether an answer of this process is new enough to count while QEMU is silent: it may be busy, or serve another client."""
+    return seen[0] == plan and seen[2] is not None and time.monotonic() - seen[1] < _BUSY_S
 
 
 def _called(vms: Mapping[str, ProxmoxVm]) -> dict[str, str]:

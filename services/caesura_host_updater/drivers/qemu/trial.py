@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp
+from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp, QmpConnectionLost
 from caesura_host_updater.drivers.qemu.cleanup import remove_files
 from caesura_host_updater.drivers.qemu.launching import Launcher
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
 from caesura_host_updater.drivers.qemu.process_records import TRIAL, Records
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 from caesura_host_updater.drivers.qemu.successor import trial_command
-from caesura_host_updater.spawn import reap
+from caesura_host_updater.drivers.qemu.vmm import last_words
+from caesura_host_updater.spawn import reap, words_of_end
 from caesura_vmcontrol.process_control import kill_and_wait
 from caesura_vmcontrol.procfs import read_process
 
@@ -50,6 +51,9 @@ class Trials:
             )
             try:
                 return await read_snapshot(qmp)
+            except QmpConnectionLost as error:
+                how = (await words_of_end(pid, _END_S), last_words(log))
+                raise QmpConnectionLost("; ".join((str(error), *filter(None, how)))) from error
             finally:
                 await drop(pid, qmp, self._threads)
         finally:

@@ -1,0 +1,378 @@
+"""Connections to libvirt's daemons that are kept: open and authenticated before they are needed, each shared by several threads.
+
+Each connection is authenticated by polkit, which looks at one client after the other and may ask a directory service: in a pause, with a
+connection for each look at each domain, nobody's turn would come in time. The daemon carries out a connection's calls side by side.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+from caesura_vmcontrol.libvirt_rpc import (
+    Libvirt,
+    LibvirtGone,
+    LibvirtPlan,
+    LibvirtSilent,
+    answer_of,
+    call_message,
+)
+
+OPENING_S = 5.0
+"""s: for an opening; polkit may take most of it."""
+RPC_S = 0.5
+"""s: what the daemon gets for one answer before QEMU is asked directly; it takes some milliseconds."""
+_MOST_LEASES = 4
+"""Of one connection: each has one call under way, and one more may be there that somebody has given up."""
+_MOST_CALLS = 5
+"""The daemon reads no more from one connection before it has answered one (max_client_requests)."""
+_MOST_CONNECTIONS = 5
+"""To one daemon: with four leases each as many calls as it has workers (max_workers)."""
+_NO_END_S = 1e6
+
+
+class _PendingCall:
+    """A call under way. ``sent_at``: CLOCK_MONOTONIC, s; infinite: it is not sent yet; minus infinite: it was not answered in time."""
+
+    def __init__(self, procedure: int) -> None:
+        self.procedure = procedure
+        self.sent_at = math.inf
+        self.is_abandoned = False
+        self.has_ended = threading.Event()
+        self.status, self.body = 0, b""
+        self.error: OSError | None = None
+
+
+class _SharedConnection(Libvirt):
+    """An open connection that several threads use at once.
+
+    While a call on it is not answered for longer than ``RPC_S`` it gets no further users: it may keep them waiting.
+    """
+
+    _is_open = False
+
+    def __init__(self, path: str, uri: str, until: float, on_end: Callable[[], None]) -> None:
+        super().__init__(path, uri, until)
+        self._is_open = True
+        self._on_end = on_end
+        self._writing = threading.Lock()
+        self._lock = threading.Lock()
+        self._calls: dict[int, _PendingCall] = {}
+        """By serial, also those that nobody waits for any more: the daemon is still busy with them."""
+        self._error: OSError | None = None
+        self.leases = 0
+        """Of the pool, and under its lock."""
+        try:
+            self._writer = self._socket.dup()
+            threading.Thread(target=self._receive, name=f"libvirt at {path}", daemon=True).start()
+        except BaseException:
+            self._socket.close()
+            raise
+
+    @property
+    def free_leases(self) -> int:
+        """How many users it may have beside those that it has."""
+        if not self.is_usable:
+            return 0
+        with self._lock:
+            abandoned = sum(call.is_abandoned for call in self._calls.values())
+        return max(_MOST_LEASES - self.leases - abandoned, 0)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether no call has waited too long for its answer."""
+        overdue = time.monotonic() - RPC_S
+        with self._lock:
+            return self._error is None and all(call.sent_at >= overdue for call in self._calls.values())
+
+    def ask(
+        self, procedure: int, arguments: bytes, until: float, answer_s: float, on_sent: Callable[[], None]
+    ) -> tuple[int, bytes]:
+        """Status and body of the answer, which may take ``answer_s`` seconds.
+
+        ``on_sent`` is called when the call was written whole: one that was not is never carried out.
+
+        Raises:
+            LibvirtSilent, LibvirtGone: no answer.
+        """
+        now = time.monotonic()
+        by = min(until, now + answer_s)
+        call = _PendingCall(procedure)
+        with self._lock:
+            if self._error is not None:
+                raise self._error
+            if len(self._calls) >= _MOST_CALLS:
+                raise self._silent()
+            self._serial += 1
+            serial = self._serial
+            self._calls[serial] = call
+        try:
+            self._send(call_message(procedure, serial, arguments), by)
+        except BaseException:
+            with self._lock:
+                self._calls.pop(serial, None)
+            raise
+        call.sent_at = time.monotonic()
+        on_sent()
+        if not call.has_ended.wait(min(max(by - time.monotonic(), 0), _NO_END_S)):
+            # Its answer may come yet. Who had little time left says nothing about the daemon.
+            if by - now >= min(answer_s, RPC_S):
+                call.sent_at = -math.inf
+            call.is_abandoned = True
+            raise self._silent()
+        if call.error is not None:
+            raise call.error
+        return call.status, call.body
+
+    def close(self) -> None:
+        """Nobody uses it any more."""
+        with suppress(OSError):
+            self._socket.shutdown(2)  # ends the thread that reads
+        self._socket.close()
+        self._writer.close()
+
+    def _silent(self) -> LibvirtSilent:
+        return LibvirtSilent(f"libvirt at {self._path} does not answer in time")
+
+    def _send(self, message: bytes, by: float) -> None:
+        if not self._writing.acquire(timeout=min(self._left_until(by), _NO_END_S)):
+            raise self._silent()
+        try:
+            if self._error is not None:
+                raise self._error
+            self._writer.settimeout(min(self._left_until(by), RPC_S))
+            try:
+                self._writer.sendall(message)
+            except TimeoutError as error:
+                # A part of it may be written: what followed would be taken for the rest.
+                self._fail(LibvirtGone(f"libvirt at {self._path} does not read what it is sent"))
+                raise self._silent() from error
+            except OSError as error:
+                raise self._fail(LibvirtGone(f"libvirt at {self._path} ended the connection")) from error
+        finally:
+            self._writing.release()
+
+    def _left_until(self, by: float) -> float:
+        """Raises LibvirtSilent: a pause that is late must not be asked for at all."""
+        left = by - time.monotonic()
+        if left <= 0:
+            raise self._silent()
+        return left
+
+    def _receive(self) -> None:
+        """In a thread, until the connection ends."""
+        try:
+            while True:
+                message = self._message()
+                serial, procedure, status = answer_of(message)
+                with self._lock:
+                    call = self._calls.pop(serial, None)
+                if call is None:
+                    continue
+                if procedure != call.procedure:
+                    call.error = LibvirtGone(
+                        f"what listens at {self._path} does not speak libvirt's protocol"
+                    )
+                call.status, call.body = status, message[-1]
+                call.has_ended.set()
+        except OSError:
+            pass
+        finally:
+            self._fail(LibvirtGone(f"libvirt at {self._path} ended the connection"))
+            self._on_end()
+
+    def _fail(self, error: OSError) -> OSError:
+        """It is of no use any more; the first reason counts."""
+        with self._lock:
+            self._error = self._error or error
+            calls = list(self._calls.values())
+            self._calls.clear()
+        for call in calls:
+            call.error = self._error
+            call.has_ended.set()
+        return self._error
+
+    def _left(self) -> float:
+        return _NO_END_S if self._is_open else super()._left()
+
+
+class _Lease(Libvirt):
+    """A shared connection as one of its users has it, with deadlines of its own."""
+
+    def __init__(
+        self, pool: _Pool, connection: _SharedConnection, path: str, until: float, answer_s: float
+    ) -> None:
+        self._pool, self._connection = pool, connection
+        self._path, self._until, self._answer_s = path, until, answer_s
+        self.sent = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.release(self._connection)
+
+    def _exchange(self, procedure: int, arguments: bytes, answer_s: float) -> tuple[int, bytes]:
+        self.sent = False
+        return self._connection.ask(procedure, arguments, self._until, answer_s, self._on_sent)
+
+    def _on_sent(self) -> None:
+        self.sent = True
+
+
+class _Pool:
+    """The connections to one daemon.
+
+    A lease is for all calls of one user: with a turn for each call, many users of a slow daemon would all be half-way when their time is over.
+    """
+
+    def __init__(self, path: str, uri: str) -> None:
+        self._path, self._uri = path, uri
+        self._changed = threading.Condition()  # of a lock that its holder may take again
+        self._connections: list[_SharedConnection] = []
+        self._opening = 0
+        self._waiting = 0
+        self._failures = 0
+        self._error: OSError = LibvirtGone(f"no libvirt at {path}")
+        """The last failure."""
+
+    def open_ahead(self, users: int) -> None:
+        """Begin to open what so many users need. Does not wait."""
+        wanted = min(math.ceil(users / _MOST_LEASES), _MOST_CONNECTIONS)
+        with self._changed:
+            while len(self._usable()) + self._opening < wanted and self._begin_opening():
+                pass
+
+    def lease(self, until: float, answer_s: float, opening_s: float) -> Libvirt:
+        """See ``daemon_at``."""
+        opening_by = time.monotonic() + opening_s
+        with self._changed:
+            connection = self._free(self._waiting)
+            self._waiting += 1
+            try:
+                connection = connection or self._wait_for_one(until, opening_by)
+            except BaseException:
+                self._changed.notify()  # it may have been woken in vain
+                raise
+            finally:
+                self._waiting -= 1
+            if connection is not None:
+                connection.leases += 1
+                return _Lease(self, connection, self._path, until, answer_s)
+        return Libvirt(self._path, self._uri, until, answer_s)  # the host cannot start a thread
+
+    def _wait_for_one(self, until: float, opening_by: float) -> _SharedConnection | None:
+        """None: none can be opened but by the caller's own thread."""
+        failures = self._failures
+        while True:
+            usable = len(self._usable())
+            if not usable and not self._opening and self._failures > failures:
+                raise self._error
+            is_wanted = self._waiting > self._opening * _MOST_LEASES
+            if is_wanted and usable + self._opening < _MOST_CONNECTIONS:
+                has_begun = self._begin_opening()
+                if not has_begun and not usable and not self._opening:
+                    return None
+            left = (until if usable else min(until, opening_by)) - time.monotonic()
+            if left <= 0:
+                raise LibvirtSilent(f"libvirt at {self._path} does not answer in time")
+            # A connection is of use again, or no longer, also by the time that passes.
+            self._changed.wait(min(left, RPC_S))
+            connection = self._free(0)
+            if connection is not None:
+                return connection
+
+    def release(self, connection: _SharedConnection) -> None:
+        """A lease has ended."""
+        with self._changed:
+            connection.leases -= 1
+            self._usable()
+            self._changed.notify()
+
+    def _free(self, ahead: int) -> _SharedConnection | None:
+        """The connection with the most room, if there is more than those need who wait."""
+        room = {each: each.free_leases for each in self._connections}
+        if sum(room.values()) <= ahead:
+            return None
+        return max(room, key=lambda each: room[each])
+
+    def _usable(self) -> list[_SharedConnection]:
+        """Closes those that are not, and that nobody uses."""
+        usable = [each for each in self._connections if each.is_usable]
+        for each in [each for each in self._connections if each not in usable and not each.leases]:
+            self._connections.remove(each)
+            each.close()
+        return usable
+
+    def _begin_opening(self) -> bool:
+        try:
+            threading.Thread(target=self._open, name=f"open libvirt at {self._path}", daemon=True).start()
+        except RuntimeError:  # the host cannot start a thread
+            return False
+        self._opening += 1
+        return True
+
+    def _open(self) -> None:
+        error: OSError | None = None
+        try:
+            until = time.monotonic() + OPENING_S
+            connection = _SharedConnection(self._path, self._uri, until, self._look)
+        except OSError as failure:
+            error = failure
+        except Exception as failure:  # noqa: BLE001 - whatever it is, nobody must wait for it
+            error = LibvirtGone(f"libvirt at {self._path} cannot be asked: {failure!r}")
+        with self._changed:
+            self._opening -= 1
+            if error is None:
+                self._connections.append(connection)
+            else:
+                self._failures += 1
+                self._error = error
+            self._look()
+
+    def _look(self) -> None:
+        """Something has changed."""
+        with self._changed:
+            self._usable()
+            self._changed.notify_all()
+
+
+_lock = threading.Lock()
+_pools: dict[tuple[str, str], _Pool] = {}
+"""Of this process, by the daemon's socket and URI."""
+
+
+def _pool(place: tuple[str, str]) -> _Pool:
+    with _lock:
+        if place not in _pools:
+            _pools[place] = _Pool(*place)
+        return _pools[place]
+
+
+def open_ahead(plans: Iterable[object]) -> None:
+    """Begin to open the connections for these plans: they are to be open when the VMs are paused. Does not wait."""
+    places = [(plan.socket, plan.uri) for plan in plans if isinstance(plan, LibvirtPlan)]
+    for place in set(places):
+        _pool(place).open_ahead(places.count(place))
+
+
+def daemon_at(
+    path: str, uri: str, until: float, answer_s: float = math.inf, *, opening_s: float = OPENING_S
+) -> Libvirt:
+    """A connection, as ``Libvirt`` but open already if ``open_ahead`` was called in time; must be left by ``with``.
+
+    Args:
+        until: for waiting for a free one, and for everything that follows (CLOCK_MONOTONIC, s).
+        opening_s: how long one that is being opened is waited for, in seconds.
+
+    Raises:
+        OSError: as ``Libvirt``.
+    """
+    return _pool((path, uri)).lease(until, answer_s, opening_s)

@@ -1,0 +1,85 @@
+"""The pause guard is asked ahead of the first pause which ways out are none for it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from caesura_host_updater.guard_client import GuardUnavailable
+from caesura_host_updater.guard_inspection import GuardInspection
+from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
+
+_PLAN = LibvirtPlan("web-1", "/s", "qemu:///system", "783136f9-2b12-4ee3-8a40-5eee38a7cccd", 7, 0, 0, ("/q",))
+
+
+class World:
+    """A driver with one domain, and a guard that says of it what a test wants."""
+
+    def __init__(self) -> None:
+        self.busy = False
+        self.news: bool | Exception = True
+        self.asked: list[list[str]] = []
+        self.has_asked = asyncio.Event()
+        self.changes = 0
+        given: Any = self
+        self.inspection = GuardInspection(given, given, lambda: ["web-1"], lambda: self.busy, self._changed)
+
+    def members(self) -> tuple[object, ...]:
+        return ()
+
+    def resume_plan(self, _: str) -> LibvirtPlan:
+        return _PLAN
+
+    async def inspect(self, plans: list[LibvirtPlan]) -> bool:
+        self.asked.append([plan.vm for plan in plans])
+        self.has_asked.set()
+        if isinstance(self.news, Exception):
+            raise self.news
+        return self.news
+
+    def _changed(self) -> None:
+        self.changes += 1
+
+    async def ask(self) -> None:
+        """Once, to its end."""
+        self.has_asked.clear()
+        self.inspection.ask()
+        async with asyncio.timeout(60):
+            await self.has_asked.wait()
+        await asyncio.sleep(0)
+
+
+async def test_what_is_new_is_published() -> None:
+    world = World()
+    running = asyncio.create_task(world.inspection.run())
+    await world.ask()
+    assert (world.asked, world.changes) == ([["web-1"]], 1)
+    world.news = False
+    await world.ask()
+    assert world.changes == 1
+    running.cancel()
+
+
+async def test_a_guard_of_an_earlier_release_is_asked_again_later() -> None:
+    world = World()
+    running = asyncio.create_task(world.inspection.run())
+    world.news = GuardUnavailable("cannot do 'inspect'")
+    await world.ask()
+    world.news = True
+    await world.ask()
+    assert world.changes == 1
+    running.cancel()
+
+
+async def test_in_an_operation_the_guard_has_more_urgent_work() -> None:
+    world = World()
+    world.busy = True
+    running = asyncio.create_task(world.inspection.run())
+    world.inspection.ask()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert world.asked == []
+    world.busy = False
+    await world.ask()
+    assert world.asked == [["web-1"]]
+    running.cancel()

@@ -15,6 +15,7 @@ from caesura.contract.messages import (
     WaveChanged,
 )
 from caesura.contract.reasons import ReasonCode
+from caesura_coordinator.members import members_of
 from caesura_coordinator.records import Rollout, Wave, WaveEvent
 
 NO_RECORD = "the coordinator that scheduled it has lost its record"
@@ -104,7 +105,9 @@ def scheduled_event(rollout: Rollout, event: WaveEvent) -> ScheduledEvent:
 
 
 def _description(rollout: Rollout, wave: Wave, event: WaveEvent) -> str:
-    if any(vm.method == "kexec" and vm.vm in event.resources for vm in wave.vms):
+    # By name: a wave of many hosts has an event for each of them, and each would look at all VMs.
+    vms = members_of(wave.vms).by_vm
+    if any(vms[name].method == "kexec" for name in event.resources if name in vms):
         return KERNEL_DESCRIPTION
     return DESCRIPTIONS[rollout.event_type]
 

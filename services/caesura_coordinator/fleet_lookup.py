@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import datetime
 from typing import TypeVar
 
-import msgspec
-
 from caesura.contract.messages import HostInventory, PlannedVm, VmRecord
 from caesura.fleet.state import FleetState, LocatedVm
+from caesura_coordinator.fleet_snapshot import Contested, FleetSnapshot
 
 T = TypeVar("T")
 _REMEMBERED = 64
-
-
-class Contested(msgspec.Struct, frozen=True, kw_only=True):
-    """A VM that several hosts name."""
-
-    record: VmRecord
-    """As ``host`` describes it."""
-    host: str
-    """The host it belongs to; if there is none, one that names it."""
-    reason: str
 
 
 class _Places:
@@ -69,7 +58,6 @@ class FleetLookup:
     Args:
         state: the fold of the bus; it may change between two decisions, never within one.
         commanded: maps a host to an operation that it was commanded and has not answered: its inventory may not show it yet.
-        contested: for a plan: the VMs that are left as they are because their host is ambiguous.
         incomplete: maps a host to its newest inventory, of which parts are missing: the state of its VMs is not known. It may change, like the state.
         other_fleets: maps a host that says it is of another fleet to that fleet. It may change, like the state.
         grace_until: after an outage of the broker, agents that are retained as online may still be reconnecting until then.
@@ -80,7 +68,6 @@ class FleetLookup:
         state: FleetState,
         *,
         commanded: Callable[[], Mapping[str, str]] = dict,
-        contested: Mapping[str, Contested] | None = None,
         grace_until: datetime | None = None,
         incomplete: Mapping[str, HostInventory] | None = None,
         places: _Places | None = None,
@@ -89,15 +76,19 @@ class FleetLookup:
         self.state = state
         self.incomplete: Mapping[str, HostInventory] = incomplete if incomplete is not None else {}
         self.other_fleets: Mapping[str, str] = other_fleets if other_fleets is not None else {}
-        self.contested: Mapping[str, Contested] = contested or {}
         self.grace_until = grace_until
         self._commanded = commanded
         self._commanded_now: Mapping[str, str] | None = None
         self._places = places or _Places()
 
-    def with_contested(self, contested: Mapping[str, Contested]) -> FleetLookup:
-        """This view with the VMs that several hosts name."""
-        return self._view(contested=contested)
+    def snapshot(self, contested: Mapping[str, Contested] | None = None) -> FleetSnapshot:
+        """The fleet as it is now, for a plan, with the VMs that several hosts name."""
+        return FleetSnapshot(
+            dict(self.inventories),
+            online={host for host in self.state.reporting_hosts() if self.is_online(host)},
+            contested=contested,
+            other_fleets=dict(self.other_fleets),
+        )
 
     def with_commanded(self, commanded: Callable[[], Mapping[str, str]]) -> FleetLookup:
         """This view with the commands of other rollouts to its hosts; computed when a gate needs it."""
@@ -111,13 +102,11 @@ class FleetLookup:
         self,
         *,
         commanded: Callable[[], Mapping[str, str]] | None = None,
-        contested: Mapping[str, Contested] | None = None,
         grace_until: datetime | None = None,
     ) -> FleetLookup:
         return FleetLookup(
             self.state,
             commanded=commanded or self._commanded,
-            contested=contested if contested is not None else self.contested,
             grace_until=grace_until or self.grace_until,
             incomplete=self.incomplete,
             places=self._places,
@@ -144,14 +133,8 @@ class FleetLookup:
         return self.state.vm(name)
 
     def vm_names(self) -> Collection[str]:
-        """The VMs that belong to a host, and those that several hosts name."""
-        return self.state.vm_names() | self.contested.keys() if self.contested else self.state.vm_names()
-
-    def vms(self) -> Iterator[tuple[str, VmRecord]]:
-        """Every VM with its host's name: the whole fleet, for a plan."""
-        for host, inventory in sorted(self.inventories.items()):
-            for vm in inventory.vms:
-                yield host, vm
+        """The VMs that belong to a host."""
+        return self.state.vm_names()
 
     def hosts_of(self, sets: Iterable[str]) -> set[str]:
         """Hosts that hold a VM of one of these sets."""

@@ -12,7 +12,7 @@ from caesura.lifecycle.ownership import conflict, settle
 from caesura.runtime.errors import StoreError
 from caesura.runtime.logs import get_logger
 from caesura.runtime.sampler import Sampler
-from caesura_coordinator.fleet_lookup import Contested
+from caesura_coordinator.fleet_snapshot import Contested
 from caesura_coordinator.store import CoordinatorStore
 
 _NAMED = 8

@@ -19,7 +19,7 @@ from caesura.contract.messages import (
     Refusal,
     Selection,
 )
-from caesura_coordinator.fleet_lookup import FleetLookup
+from caesura_coordinator.fleet_snapshot import FleetSnapshot
 from caesura_coordinator.plan_kernel import expected_jump_s, kernel_refusals
 from caesura_coordinator.plan_members import (
     all_passed,
@@ -45,7 +45,7 @@ _NO_LIMITS = Limits()
 
 
 def make_plan(
-    fleet: FleetLookup,
+    fleet: FleetSnapshot,
     *,
     update: str,
     selection: Selection,
@@ -153,11 +153,11 @@ def most_targets(plan: Plan) -> str:
     return ""
 
 
-def _unknown_names(fleet: FleetLookup, selection: Selection, limits: Limits) -> Iterable[Refusal]:
+def _unknown_names(fleet: FleetSnapshot, selection: Selection, limits: Limits) -> Iterable[Refusal]:
     canary = (limits.canary_host,) if limits.canary_host else ()
     asked: tuple[tuple[str, Collection[str], tuple[str, ...]], ...] = (
         ("host", fleet.inventories, (*selection.hosts, *limits.exclude_hosts, *canary)),
-        ("set", fleet.state.sets(), (*selection.sets, *limits.exclude_sets)),
+        ("set", fleet.sets(), (*selection.sets, *limits.exclude_sets)),
         ("VM", fleet.vm_names(), (*selection.vms, *limits.exclude_vms)),
     )
     for kind, known, names in asked:
@@ -176,7 +176,7 @@ def _unknown_names(fleet: FleetLookup, selection: Selection, limits: Limits) -> 
         )
 
 
-def _contested_vms(fleet: FleetLookup, selection: Selection) -> Iterable[Refusal]:
+def _contested_vms(fleet: FleetSnapshot, selection: Selection) -> Iterable[Refusal]:
     """A selection that names a contested VM is refused; otherwise the plan leaves the VM out."""
     for name in selection.vms:
         if name in fleet.contested:

@@ -10,14 +10,14 @@ from collections.abc import Iterable, Sequence
 
 from caesura.contract.messages import Policy, Refusal, UpdateRecord
 from caesura.lifecycle.kernel_figures import budget_error, newest_figure
-from caesura_coordinator.fleet_lookup import FleetLookup
+from caesura_coordinator.fleet_snapshot import FleetSnapshot
 
 RETURN_S = 600.0
 """s: the most that a plan allows for a host's user space to start after its VMs run again, before the host counts as lost."""
 
 
 def kernel_refusals(
-    fleet: FleetLookup, hosts: Sequence[str], record: UpdateRecord, policy: Policy
+    fleet: FleetSnapshot, hosts: Sequence[str], record: UpdateRecord, policy: Policy
 ) -> Iterable[Refusal]:
     """Why a host may not start the update's kernel under its VMs."""
     if record.kernel != "kexec":
@@ -42,14 +42,14 @@ def kernel_refusals(
             yield Refusal(subject=host, code="budget_too_short", reason=why)
 
 
-def expected_jump_s(fleet: FleetLookup, hosts: Iterable[str], record: UpdateRecord) -> float:
+def expected_jump_s(fleet: FleetSnapshot, hosts: Iterable[str], record: UpdateRecord) -> float:
     """The longest measured pause of these hosts, seconds; 0: none was measured."""
     kernels = ((fleet.inventories[host].kernel, _release_on(fleet, host, record)) for host in hosts)
     figures = (newest_figure(kernel.figures, release) for kernel, release in kernels if kernel is not None)
     return max((each.seconds for each in figures if each is not None), default=0.0)
 
 
-def _release_on(fleet: FleetLookup, host: str, record: UpdateRecord) -> str:
+def _release_on(fleet: FleetSnapshot, host: str, record: UpdateRecord) -> str:
     """Hosts of other hardware may define the update with another kernel."""
     own = (each for each in fleet.inventories[host].updates if each.update == record.update)
     return next((each.kernel_release for each in own), record.kernel_release)

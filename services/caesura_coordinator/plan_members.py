@@ -19,7 +19,7 @@ from caesura.contract.messages import (
     UpdateRecord,
     VmRecord,
 )
-from caesura_coordinator.fleet_lookup import FleetLookup
+from caesura_coordinator.fleet_snapshot import FleetSnapshot
 from caesura_coordinator.plan_waves import Member
 from caesura_coordinator.proofs import planned_proofs, unprovable
 from caesura_coordinator.wave_gates import why_outdated
@@ -34,7 +34,7 @@ def domain_of(vm: VmRecord | PlannedVm, key: DomainKey) -> int:
 
 
 def selected_hosts(
-    fleet: FleetLookup, record: UpdateRecord, selection: Selection, *, hold_s: float
+    fleet: FleetSnapshot, record: UpdateRecord, selection: Selection, *, hold_s: float
 ) -> list[str]:
     """Hosts that the selection covers and that can apply the update."""
     chosen = set(fleet.inventories)
@@ -51,7 +51,7 @@ def selected_hosts(
     return sorted(chosen)
 
 
-def host_refusals(fleet: FleetLookup, hosts: Sequence[str]) -> Iterable[Refusal]:
+def host_refusals(fleet: FleetSnapshot, hosts: Sequence[str]) -> Iterable[Refusal]:
     """Hosts that may not pause VMs now."""
     for host in hosts:
         if not fleet.is_online(host):
@@ -71,7 +71,7 @@ def host_refusals(fleet: FleetLookup, hosts: Sequence[str]) -> Iterable[Refusal]
             )
 
 
-def passed_over(fleet: FleetLookup, hosts: Iterable[str], record: UpdateRecord, limits: Limits) -> Passed:
+def passed_over(fleet: FleetSnapshot, hosts: Iterable[str], record: UpdateRecord, limits: Limits) -> Passed:
     """What is excluded, and what already has the update; an excluded VM excludes its host from updates that pause whole hosts."""
     passed: dict[tuple[str, str], tuple[SkipCode, str]] = {}
     for host in hosts:
@@ -114,7 +114,7 @@ def _installed(inventory: HostInventory, vm: VmRecord, record: UpdateRecord) -> 
     return ""
 
 
-def all_passed(fleet: FleetLookup, host: str, passed: Passed) -> bool:
+def all_passed(fleet: FleetSnapshot, host: str, passed: Passed) -> bool:
     """Whether all VMs of the host are skipped."""
     vms = fleet.inventories[host].vms
     return bool(vms) and all((host, vm.vm) in passed for vm in vms)
@@ -141,7 +141,7 @@ def canary_refusals(
 
 
 def members_of_plan(
-    fleet: FleetLookup,
+    fleet: FleetSnapshot,
     hosts: Sequence[str],
     record: UpdateRecord,
     selection: Selection,
@@ -223,7 +223,7 @@ def members_of_plan(
     return members, skipped, refusals
 
 
-def _ownerless(fleet: FleetLookup, hosts: Sequence[str], selection: Selection) -> Iterable[PlannedVm]:
+def _ownerless(fleet: FleetSnapshot, hosts: Sequence[str], selection: Selection) -> Iterable[PlannedVm]:
     """The VMs of the selection that do not belong to a host, since several name them."""
     everything = not (selection.hosts or selection.sets or selection.vms)
     owned = {vm.vm for _, vm in fleet.vms()}

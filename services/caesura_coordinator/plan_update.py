@@ -14,7 +14,7 @@ from caesura.contract.messages import (
     UpdateRecord,
 )
 from caesura.lifecycle.budget import PREPARE_S, START_S, budget_refusal
-from caesura_coordinator.fleet_lookup import FleetLookup
+from caesura_coordinator.fleet_snapshot import FleetSnapshot
 from caesura_coordinator.plan_kernel import RETURN_S
 
 _SWAP_PAUSE_S = (
@@ -25,7 +25,7 @@ HOLD = UpdateRecord(update="hold", impact="pause", scope="vm", expected_s=0.0, t
 
 
 def definition(
-    fleet: FleetLookup, update: str, selection: Selection
+    fleet: FleetSnapshot, update: str, selection: Selection
 ) -> tuple[UpdateRecord | None, list[Refusal]]:
     """The update's definition, which must be the same on every host that has it."""
     found = {
@@ -66,7 +66,7 @@ def definition(
     return first, refusals
 
 
-def slowest(fleet: FleetLookup, record: UpdateRecord, hosts: Iterable[str]) -> UpdateRecord:
+def slowest(fleet: FleetSnapshot, record: UpdateRecord, hosts: Iterable[str]) -> UpdateRecord:
     """The definition with the times of the slowest host: each host may have its own."""
     all_of_them = [
         each for host in hosts for each in fleet.inventories[host].updates if each.update == record.update

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 
 import msgspec
 
 from caesura.bus.port import Delivery
 from caesura.contract import messages as m
-from caesura.contract.codec import MAX_PAYLOAD_BYTES, ContractError, Received, request_in, size_bytes
-from caesura.contract.envelope import Message
+from caesura.contract.codec import MAX_PAYLOAD_BYTES, ContractError, Received, request_in
 from caesura.contract.names import is_name
 from caesura.contract.reasons import ReasonCode
 from caesura.contract.topics import PREFIX
@@ -19,6 +18,7 @@ from caesura.lifecycle.errors import IllegalStatusChange
 from caesura.runtime.errors import StoreError
 from caesura.runtime.identity import new_id
 from caesura.runtime.logs import get_logger
+from caesura.runtime.threads import in_thread
 from caesura_coordinator.dispatcher import RolloutDispatcher
 from caesura_coordinator.fleet_lookup import FleetLookup
 from caesura_coordinator.inputs import Abort, Input, Resume, Tick
@@ -26,13 +26,12 @@ from caesura_coordinator.leadership import Leadership
 from caesura_coordinator.not_before import first_not_before
 from caesura_coordinator.outbox_relay import OutboxRelay
 from caesura_coordinator.owners import Owners
-from caesura_coordinator.plan import make_plan, most_targets, nothing_to_do, sets_of
-from caesura_coordinator.published_state import largest_events, largest_states
+from caesura_coordinator.proposal import Proposal, propose
 from caesura_coordinator.queued_waves import MOST_QUEUED, waits_behind
-from caesura_coordinator.records import Rollout, new_rollout
+from caesura_coordinator.records import Rollout
 from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.request_refusals import RequestRefused, request_expired
-from caesura_coordinator.responses import REASON_CHARACTERS, with_plan
+from caesura_coordinator.responses import REASON_CHARACTERS
 
 _REPEAT_PARTS_S = 5.0
 """s: between two sendings of a stored answer with a large plan."""
@@ -54,7 +53,9 @@ class _Pending(msgspec.Struct, frozen=True):
 
 
 class RequestHandler:
-    """Answers requests. What arrives before an epoch is claimed waits for the claim.
+    """Answers requests, one at a time. What arrives before an epoch is claimed waits for the claim.
+
+    The bus waits for the answer, so that a request is acknowledged when what it started is stored, and sent again if this process ends before.
 
     Args:
         repository: where answers are stored, with the rollouts that they start or change.
@@ -88,12 +89,22 @@ class RequestHandler:
         """Maps a client and request to the last repetition that arrived before the epoch was claimed; the newest ones."""
         self._repeated: dict[tuple[str, str], float] = {}
         """Maps a client and request to when an answer in parts was last sent."""
+        self._turn = asyncio.Lock()
+        """Of the request that is being decided. A plan is made in a thread; the requests behind it wait, in the order of their arrival, so that an
+        abort finds what was started before it, and a repetition the answer."""
+
+    @property
+    def deciding(self) -> bool:
+        """Whether a request is being decided."""
+        return self._turn.locked()
 
     async def on_request(self, request: Request, received: Received) -> None:
         """A request arrived."""
         client = received.parameters["client"]
         if self._leadership.claimed:
-            self._answer(client, request, _late(request, received.header.time, self._now()))
+            late = _late(request, received.header.time, self._now())
+            async with self._turn:
+                await self._answer(client, request, late)
         else:
             self.pending.pop((client, request.request), None)
             self._make_room()
@@ -127,9 +138,16 @@ class RequestHandler:
                 _log.error("request.failed", client=parts[1], why=str(failed))
             self._relay.notify()
 
-    def answer_pending(self) -> None:
-        """Answer the requests that arrived before the epoch was claimed, and that no coordinator which led in the meantime has answered."""
+    async def answer_pending(self) -> None:
+        """Answer the requests that arrived before the epoch was claimed, and that no coordinator which led in the meantime has answered.
+
+        Call before anything is awaited after the claim: later requests wait until these are answered.
+        """
         pending, self.pending = self.pending, {}
+        async with self._turn:
+            await self._answer_all(pending)
+
+    async def _answer_all(self, pending: Mapping[tuple[str, str], _Pending]) -> None:
         for (client, name), each in pending.items():
             late = _late(each.request, min(each.asked_at, each.arrived_at), self._now()) or self._ambiguous(
                 each
@@ -141,7 +159,7 @@ class RequestHandler:
                 continue
             # A client that repeats its request gets its answer again; one that asked long ago has it.
             if not (answered and request_expired(each.arrived_at, self._now())):
-                self._answer(client, each.request, late)
+                await self._answer(client, each.request, late)
 
     def _ambiguous(self, pending: _Pending) -> str:
         """Why an abort that names no rollout must not be carried out: the only active rollout is younger than it; empty: it may."""
@@ -155,8 +173,8 @@ class RequestHandler:
             else ""
         )
 
-    def _answer(self, client: str, request: Request, late: str) -> None:
-        """Answer a request once; a repeated one gets the stored answer again. ``late``: why a new request is too late."""
+    async def _answer(self, client: str, request: Request, late: str) -> None:
+        """Answer a request once; a repeated one gets the stored answer again. Call with the turn. ``late``: why a new request is too late."""
         try:
             known = self._repository.response(client, request.request)
             if known is not None:
@@ -165,7 +183,7 @@ class RequestHandler:
                 _log.warning("request.outlived", client=client, request=request.request, why=late)
                 self._refuse(client, request, "request_late", late)
             elif self._leadership.is_leader:
-                self._decide(client, request)
+                await self._decide(client, request)
         except StoreError as error:
             _log.error("request.failed", request=request.request, why=str(error))
         self._relay.notify()
@@ -181,13 +199,11 @@ class RequestHandler:
             self._repeated[client, answer.request] = now_s
         self._repository.repeat_response(client, answer)
 
-    def _decide(self, client: str, request: Request) -> None:
+    async def _decide(self, client: str, request: Request) -> None:
         try:
             match request:
-                case m.RolloutRequested():
-                    self._plan_or_start(client, request, request.update, 0.0)
-                case m.FreezeRequested():
-                    self._plan_or_start(client, request, "", request.hold_s)
+                case m.RolloutRequested() | m.FreezeRequested():
+                    await self._plan_or_start(client, request)
                 case m.AbortRequested():
                     self._control(client, request, Abort(reason=request.reason))
                 case m.ResumeRequested():
@@ -195,7 +211,8 @@ class RequestHandler:
         except StoreError:
             raise
         except RequestRefused as error:
-            self._refuse(client, request, error.code, str(error))
+            if self._leadership.is_leader:  # a plan takes its time
+                self._refuse(client, request, error.code, str(error))
         except IllegalStatusChange as error:
             self._refuse(client, request, "rollout_state", str(error))
 
@@ -205,49 +222,52 @@ class RequestHandler:
         )
         self._repository.store_response(client, answer)
 
-    def _plan_or_start(
-        self, client: str, request: m.RolloutRequested | m.FreezeRequested, update: str, hold_s: float
-    ) -> None:
-        plan = make_plan(
-            self._fleet_now().with_contested(self._owners.contested()),
-            update=update,
-            selection=request.selection,
-            policy=request.policy,
-            limits=request.limits,
-            hold_s=hold_s,
-        )
-        reason = "; ".join(f"{each.subject}: {each.reason}" for each in plan.refusals)
-        codes = tuple(dict.fromkeys(each.code for each in plan.refusals))
-        if not reason and (reason := most_targets(plan)):
-            codes = ("too_large",)
-        held = self._repository.holder(sets_of(plan))
-        if held and not request.plan_only and not request.queue:
-            reason = f"set {held[0]} is held by rollout {held[1]}: wait for its end, resume or abort it, or queue behind it (--queue)"
-            codes = ("set_held",)
-        if reason or request.plan_only or not plan.waves:
-            note = nothing_to_do(plan)
-            if note and not reason:
-                codes = ("nothing_to_do",)
-            answer = with_plan(request.request, plan, reason, codes, note=note)
-            self._repository.store_response(client, answer)
-            return
-        self._start(client, request, plan)
-
-    def _start(self, client: str, request: m.RolloutRequested | m.FreezeRequested, plan: m.Plan) -> None:
+    async def _plan_or_start(self, client: str, request: m.RolloutRequested | m.FreezeRequested) -> None:
         now = self._now()
-        ahead = self._repository.holding_or_waiting(sets_of(plan))
-        rollout = new_rollout(
-            f"{now:%Y%m%d-%H%M%S}-{new_id()[:4]}",
-            plan,
-            policy=request.policy,
-            fence_hosts=tuple(sorted(self._fleet_now().hosts_of(sets_of(plan)))),
-            requested_by=client,
-            now=now,
-            queued_behind=ahead[-1].id if ahead else "",
+        # The fleet may change while the plan is made, as it may between the plan and its first wave: before each pause the gates
+        # compare every VM and host with what is reported then. What is ours (who leads, which rollouts hold sets) is read afterwards.
+        fleet = self._fleet_now().snapshot(self._owners.contested())
+        active = self._repository.active if request.queue else []
+        name = f"{now:%Y%m%d-%H%M%S}-{new_id()[:4]}"
+        proposal = await in_thread(
+            "plan",
+            lambda: propose(fleet, request, client=client, rollout_id=name, now=now, ahead=active),
         )
-        answer = with_plan(request.request, plan, "", (), rollout=rollout.id)
+        if not self._leadership.is_leader:
+            _log.warning(
+                "request.not_decided", client=client, request=request.request, why="the lead was lost"
+            )
+            return
+        held = self._repository.holder(proposal.sets)
+        if held and not request.plan_only and not request.queue:
+            answer = msgspec.structs.replace(
+                proposal.answer,
+                accepted=False,
+                reason=f"set {held[0]} is held by rollout {held[1]}: wait for its end, resume or abort it, or queue behind it (--queue)",
+                codes=("set_held",),
+                rollout="",
+            )
+            self._repository.store_response(client, answer)
+        elif proposal.rollout is None:
+            self._repository.store_response(client, proposal.answer)
+        else:
+            self._start(client, request, proposal, proposal.rollout)
+
+    def _start(
+        self,
+        client: str,
+        request: m.RolloutRequested | m.FreezeRequested,
+        proposal: Proposal,
+        proposed: Rollout,
+    ) -> None:
+        now = self._now()
+        ahead = self._repository.holding_or_waiting(proposal.sets)
+        rollout = msgspec.structs.replace(
+            proposed, created_at=now, queued_behind=ahead[-1].id if ahead else ""
+        )
+        answer = proposal.answer
         if ahead:
-            self._check_queue(rollout, ahead)
+            _check_queue(proposal, rollout, ahead)
             answer = msgspec.structs.replace(
                 answer,
                 reason=_queue_note(ahead),
@@ -255,15 +275,14 @@ class RequestHandler:
                 queued_behind=ahead[-1].id,
                 not_before=first_not_before(request.policy, ahead, now),
             )
-        largest = max(largest_states(rollout), key=size_bytes)
-        if size_bytes(largest) > MAX_PAYLOAD_BYTES:
-            raise RequestRefused("too_large", _too_large(largest, rollout))
+        if proposal.too_large:
+            raise RequestRefused("too_large", proposal.too_large)
         self._repository.add(rollout, client, answer)
         _log.info(
             "rollout.started",
             rollout=rollout.id,
-            update=plan.update,
-            waves=len(plan.waves),
+            update=rollout.update,
+            waves=len(rollout.waves),
             queued_behind=rollout.queued_behind,
             client=client,
         )
@@ -278,26 +297,6 @@ class RequestHandler:
             self._repository.prune()
         except StoreError as error:
             _log.error("rollout.not_forgotten", why=str(error))
-
-    def _check_queue(self, rollout: Rollout, ahead: Sequence[Rollout]) -> None:
-        """Raises RequestRefused: too many wait already, or the documents could not show the events of all of them."""
-        if len(ahead) > MOST_QUEUED:
-            raise RequestRefused(
-                "queue_full",
-                f"{len(ahead) - 1} rollouts already wait behind rollout {ahead[0].id}, and no more may: wait for its end, or abort some",
-            )
-        together = largest_events(rollout)
-        for other in ahead:
-            for name, size in largest_events(other).items():
-                if name in together:
-                    together[name] += size
-        for name, size in together.items():
-            if size > MAX_PAYLOAD_BYTES:
-                raise RequestRefused(
-                    "too_large",
-                    f"the document of set {name} could not show the events of all rollouts in the queue ({size} bytes of "
-                    f"{MAX_PAYLOAD_BYTES}): wait for the end of rollout {ahead[0].id}, or allow fewer hosts in a wave (--max-hosts)",
-                )
 
     def _control(self, client: str, request: m.AbortRequested | m.ResumeRequested, received: Input) -> None:
         """Abort or resume a rollout: the one that the request names, or the only active one."""
@@ -333,6 +332,27 @@ def _late(request: Request, asked_at: datetime, now: datetime) -> str:
     return "" if isinstance(request, m.AbortRequested) else request_expired(asked_at, now)
 
 
+def _check_queue(proposal: Proposal, rollout: Rollout, ahead: Sequence[Rollout]) -> None:
+    """Raises RequestRefused: too many wait already, or the documents could not show the events of all of them."""
+    if len(ahead) > MOST_QUEUED:
+        raise RequestRefused(
+            "queue_full",
+            f"{len(ahead) - 1} rollouts already wait behind rollout {ahead[0].id}, and no more may: wait for its end, or abort some",
+        )
+    together = dict(proposal.largest_events[rollout.id])
+    for other in ahead:
+        for name, size in proposal.largest_events[other.id].items():
+            if name in together:
+                together[name] += size
+    for name, size in together.items():
+        if size > MAX_PAYLOAD_BYTES:
+            raise RequestRefused(
+                "too_large",
+                f"the document of set {name} could not show the events of all rollouts in the queue ({size} bytes of "
+                f"{MAX_PAYLOAD_BYTES}): wait for the end of rollout {ahead[0].id}, or allow fewer hosts in a wave (--max-hosts)",
+            )
+
+
 def _queue_note(ahead: Sequence[Rollout]) -> str:
     """What the operator should know about the rollouts that the new one waits for."""
     halted = [each.id for each in ahead if each.status == "halted"]
@@ -342,25 +362,3 @@ def _queue_note(ahead: Sequence[Rollout]) -> str:
         else ""
     )
     return waits_behind(ahead[-1].id) + stuck
-
-
-def _too_large(message: Message, rollout: Rollout) -> str:
-    """Why a rollout cannot be announced, derived from the message that would be too large."""
-    size = f"{size_bytes(message)} bytes of {MAX_PAYLOAD_BYTES}"
-    match message:
-        case m.WaveState():
-            return (
-                f"wave {message.wave + 1} with {len(message.vms)} VMs is too large to be announced ({size}): allow fewer hosts in "
-                "a wave (--max-hosts), or select fewer sets at a time"
-            )
-        case m.SetDocument():
-            vms = sum(len(each.resources) for each in message.events)
-            return (
-                f"set {message.set} has {vms} VMs on {len(message.events)} hosts in one wave, too many for its document ({size}): "
-                "allow fewer hosts in a wave (--max-hosts), or put its VMs in more sets or domains"
-            )
-        case _:
-            return (
-                f"a rollout over {len(rollout.sets)} sets in {len(rollout.waves)} waves is too large to be announced ({size}): select "
-                "fewer sets at a time"
-            )

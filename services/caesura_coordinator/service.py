@@ -305,7 +305,7 @@ class Coordinator:
         # Messages received in the meantime are processed before time passes: nothing is awaited until then.
         self._reconciler.reconcile_pending_rollouts()
         self._dispatcher.dispatch_pending()
-        self.requests.answer_pending()
+        await self.requests.answer_pending()
         await self.leadership.announce()
         if self.shared is not None and self._bus_label:
             await self.shared.led_on(self._bus_label)

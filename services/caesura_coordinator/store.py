@@ -328,12 +328,13 @@ class CoordinatorStore:
             answer.request,
             msgspec.json.encode(answer),
         )
+        # The sizes first: a window over the bodies would read and copy every plan that is kept, for each answer.
         self.database.run(
             """
             DELETE FROM answer WHERE number IN (
                 SELECT number FROM (
-                    SELECT number, row_number() OVER newest AS place, sum(length(body)) OVER newest - length(body) AS newer_bytes
-                    FROM answer WINDOW newest AS (ORDER BY number DESC)
+                    SELECT number, row_number() OVER newest AS place, sum(bytes) OVER newest - bytes AS newer_bytes
+                    FROM (SELECT number, length(body) AS bytes FROM answer) WINDOW newest AS (ORDER BY number DESC)
                 ) WHERE place > ? OR newer_bytes > ?
             )
             """,

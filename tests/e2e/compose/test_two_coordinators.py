@@ -43,10 +43,15 @@ def test_a_leader_is_killed_and_the_other_continues_its_rollout(fleet: Fleet) ->
     project.up("--build")  # the image of an earlier run is not this one
     fleet.quiet()  # what is under way in the one store is not in the other
     services = [each for each in project.services if each != "rollout"]
+    second = 'up{job="caesura-coordinator", instance="coordinator-2:9301"}'
+    assert fleet.query(second) == {}
 
     project.run(*_PROFILE, "up", "-d", "--wait", *services, "store", "database", "coordinator-2")
 
     until(lambda: _both(fleet), 90.0, lambda: f"one leads, one stands by: {_status(fleet)}")
+    until(
+        lambda: list(fleet.query(second).values()) == [1.0], 60.0, lambda: "Prometheus scrapes the second one"
+    )
     epoch, leader = _status(fleet)["epoch"], _leader(fleet)
     (other,) = _COORDINATORS - {leader}
     words = ("--all", "--again", "--detach", "--notice", "5s", "--budget", "15s", "--soak", "1s")

@@ -148,7 +148,7 @@ async def test_a_host_that_names_anothers_vm_stops_that_vm_only(tmp_path: Path) 
             for host, vms in ((first, [vm("web-1", "web"), vm("web-2", "web")]), (thief, [vm("db-1", "db")])):
                 await host.here(online=True)
                 await host.has(*vms)
-            await eventually(lambda: len(list(made.fleet.vms())) == 3)
+            await eventually(lambda: len(list(made.fleet.snapshot().vms())) == 3)
             await thief.has(vm("db-1", "db"), vm("web-1", "mine", 7))
             assert planned(await operator.plan("patch")) == {"web-1": "h1", "web-2": "h1", "db-1": "h2"}
             answer = await operator.plan("guest")
@@ -162,7 +162,7 @@ async def test_a_host_that_names_anothers_vm_stops_that_vm_only(tmp_path: Path) 
             assert "web-1: it belongs to h1" in refused.reason
             await operator.shows("web-1", "h1", "h2")
             await operator.shows("db-1", "h2")
-            assert {record.set for _, record in made.fleet.vms()} == {"web", "db"}
+            assert {record.set for _, record in made.fleet.snapshot().vms()} == {"web", "db"}
 
         # The broker brings what is retained in any order, and the thief's word may come first: the store decides.
         await first.here(online=False)
@@ -210,4 +210,4 @@ async def test_a_coordinator_without_its_store_takes_up_what_the_bus_shows(tmp_p
         async with coordinator(broker, tmp_path) as made:
             await operator.shows("web-1", "h1", "h2")
             await operator.shows("new-1", "", "h1", "h2")
-            assert [(host, record.vm) for host, record in made.fleet.vms()] == [("h1", "web-1")]
+            assert [(host, record.vm) for host, record in made.fleet.snapshot().vms()] == [("h1", "web-1")]

@@ -164,7 +164,7 @@ def started(store: CoordinatorStore, fleet: FleetLookup, name: str = "r") -> Rol
     """A repository with a rollout whose first wave is announced, approved and started."""
     repository = RolloutRepository(store, T0)
     policy = m.Policy(notice_s=60.0, verify_timeout_s=20.0)
-    plan = make_plan(fleet, update="patch", selection=m.Selection(), policy=policy)
+    plan = make_plan(fleet.snapshot(), update="patch", selection=m.Selection(), policy=policy)
     assert not plan.refusals
     fresh = new_rollout(
         name, plan, policy=policy, fence_hosts=tuple(fleet.inventories), requested_by="ops", now=T0

@@ -39,7 +39,7 @@ class Desk:
         self.now = T0
         self.repository = RolloutRepository(CoordinatorStore(path), T0)
         policy = m.Policy(notice_s=60.0, verify_timeout_s=20.0)
-        plan = make_plan(fleet, update="patch", selection=m.Selection(), policy=policy)
+        plan = make_plan(fleet.snapshot(), update="patch", selection=m.Selection(), policy=policy)
         assert len(plan.waves) == 1
         rollout = new_rollout("r", plan, policy=policy, fence_hosts=("h1", "h2"), requested_by="ops", now=T0)
         self.repository.add(rollout, "ops", m.RequestAnswered(request="q", accepted=True))
@@ -298,7 +298,7 @@ def test_a_wave_has_no_more_hosts_of_a_set_than_its_document_can_show(
     count = MOST_EVENTS + 3
     many = fleet(*(host(f"host-{number:04}", build(f"web-{number:04}")) for number in range(count)))
     policy = m.Policy()
-    plan = make_plan(many, update="patch", selection=m.Selection(), policy=policy)
+    plan = make_plan(many.snapshot(), update="patch", selection=m.Selection(), policy=policy)
     assert [len(wave.hosts) for wave in plan.waves] == [MOST_EVENTS, 3]
     made = new_rollout("r", plan, policy=policy, fence_hosts=(), requested_by="ops", now=T0)
     documents = [each for each in largest_states(made) if isinstance(each, m.SetDocument)]

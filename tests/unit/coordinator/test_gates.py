@@ -28,7 +28,7 @@ _KNOWN = ("h1", "h2", "h4")
 
 def asked_of_everybody(fleet: FleetLookup, commanded: dict[str, str]) -> tuple[set[str], list[str], set[str]]:
     """Fence, health and placement by looking at the whole fleet: the hosts and VMs that are in the way."""
-    records = {(host, vm.vm): vm for host, vm in fleet.vms()}
+    records = {(host, vm.vm): vm for host, vm in fleet.snapshot().vms()}
     fence, health, moved = set[str](), [], set[str]()
     for host in {host for (host, _), vm in records.items() if vm.set in _DOMAINS} | set(_KNOWN):
         found = fleet.inventories.get(host)

@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from caesura.contract import messages as m
+from caesura.fleet.fold import apply
 from caesura.fleet.state import FleetState
 from caesura.lifecycle.command_compatibility import COMMANDS
-from caesura_coordinator.fleet_lookup import Contested, FleetLookup
+from caesura_coordinator.fleet_lookup import FleetLookup
+from caesura_coordinator.fleet_snapshot import Contested, FleetSnapshot
 from caesura_coordinator.plan import make_plan
 from caesura_coordinator.plan_kernel import RETURN_S
 from caesura_coordinator.wave_gates import health_blockers
@@ -26,10 +28,13 @@ MakeFleet = Callable[..., FleetLookup]
 
 
 def _plan(
-    fleet: FleetLookup, update: str = "patch", selection: m.Selection | None = None, **policy: object
+    fleet: FleetLookup | FleetSnapshot,
+    update: str = "patch",
+    selection: m.Selection | None = None,
+    **policy: object,
 ) -> m.Plan:
     return make_plan(
-        fleet,
+        fleet if isinstance(fleet, FleetSnapshot) else fleet.snapshot(),
         update=update,
         selection=selection or m.Selection(),
         policy=m.Policy(**policy),  # type: ignore[arg-type]
@@ -143,13 +148,13 @@ def test_a_vm_that_two_hosts_name_is_left_out_by_name_and_nothing_else_is(
     patch = host("h1").updates[0]
     updates = (patch, guest)
     one = fleet(host("h1", build("w1"), build("w2"), updates=updates), host("h2", updates=updates))
-    one = one.with_contested(
+    contested = one.snapshot(
         {
             "w1": Contested(record=build("w1"), host="h1", reason="w1 is h1's"),
             "w9": Contested(record=build("w9"), host="h2", reason="w9 is nobody's"),
         }
     )
-    by_vm, by_host = _plan(one, "guest"), _plan(one, "patch")
+    by_vm, by_host = _plan(contested, "guest"), _plan(contested, "patch")
     assert not by_vm.refusals
     assert [each.vm for wave in by_vm.waves for each in wave.vms] == ["w2"]
     assert {each.vm: each.reason for each in by_vm.skipped} == {"w1": "w1 is h1's", "w9": "w9 is nobody's"}
@@ -157,7 +162,61 @@ def test_a_vm_that_two_hosts_name_is_left_out_by_name_and_nothing_else_is(
     assert [each.vm for wave in by_host.waves for each in wave.vms] == ["w1", "w2"]
     assert {each.vm for each in by_host.skipped} == {"w9"}
     for name in ("w1", "w9"):
-        assert name in _reasons(_plan(one, "guest", selection=m.Selection(vms=(name,))))[name]
+        assert name in _reasons(_plan(contested, "guest", selection=m.Selection(vms=(name,))))[name]
+
+
+def test_a_plan_is_of_the_moment_of_its_snapshot(build: Build, host: Host, fleet: MakeFleet) -> None:
+    """It is made in a thread, while hosts come and go: neither their VMs nor whether they are on the bus may change under it."""
+    one = fleet(host("h1", build("w1"), build("d1", "db")), host("h2", build("w2", domain=1)))
+    taken, before = one.snapshot(), _plan(one)
+    apply(one.state, host("h1", build("w1", "other"), build("w3")), 0.0)
+    apply(one.state, m.HostPresence(host="h2", online=False, instance="i"), 0.0)
+    apply(one.state, host("h9", build("w9")), 0.0)
+    assert _plan(one) != before
+    assert _plan(taken) == before
+    assert taken.hosts_of(["web", "db"]) == {"h1", "h2"}
+    assert {*taken.vm_names()} == {"w1", "d1", "w2"}
+
+
+@given(st.data())
+def test_a_snapshot_answers_as_the_fleet_that_it_is_of(data: st.DataObject) -> None:
+    """Whatever hosts report, two that name the same VM included."""
+    names, hosts, sets = ("w1", "w2", "w3"), ("h1", "h2", "h3"), ("web", "db")
+    vms = st.builds(
+        lambda vm, group: m.VmRecord(vm=vm, set=group, update_domain=0, state="running"),
+        st.sampled_from(names),
+        st.sampled_from(sets),
+    )
+    inventories = st.builds(
+        lambda name, found: m.HostInventory(
+            host=name, driver="process", epoch=1, vms=tuple({vm.vm: vm for vm in found}.values())
+        ),
+        st.sampled_from(hosts),
+        st.lists(vms, max_size=3),
+    )
+    presences = st.builds(
+        lambda name, online: m.HostPresence(host=name, online=online, instance="i"),
+        st.sampled_from(hosts),
+        st.booleans(),
+    )
+    owners = st.builds(
+        lambda vm, name: m.VmOwner(vm=vm, host=name, epoch=1), st.sampled_from(names), st.sampled_from(hosts)
+    )
+    state = FleetState()
+    for message in data.draw(st.lists(st.one_of(inventories, presences, owners), max_size=12)):
+        apply(state, message, 0.0)
+    lookup = FleetLookup(state)
+    taken = lookup.snapshot()
+    assert dict(taken.inventories) == dict(lookup.inventories)
+    assert {*taken.sets()} == {*state.sets()}
+    assert {*taken.vm_names()} == {*lookup.vm_names()}
+    for name in names:
+        assert taken.vm(name) == lookup.vm(name)
+    for name in sets:
+        assert taken.hosts_of([name]) == lookup.hosts_of([name])
+    for name in hosts:
+        # Of a host without an inventory no plan asks.
+        assert taken.is_online(name) == (lookup.is_online(name) and name in lookup.inventories)
 
 
 def test_an_update_that_differs_between_hosts_is_refused(build: Build, host: Host, fleet: MakeFleet) -> None:
@@ -334,7 +393,9 @@ def test_a_freeze_on_demand_takes_only_the_vms_asked_for_one_domain_at_a_time(
     build: Build, host: Host, fleet: MakeFleet
 ) -> None:
     one = fleet(host("h1", build("w1"), build("w2", domain=1), build("w3", domain=1)))
-    plan = make_plan(one, update="", selection=m.Selection(vms=("w1", "w3")), policy=m.Policy(), hold_s=9.0)
+    plan = make_plan(
+        one.snapshot(), update="", selection=m.Selection(vms=("w1", "w3")), policy=m.Policy(), hold_s=9.0
+    )
     assert [[vm.vm for vm in wave.vms] for wave in plan.waves] == [["w1"], ["w3"]]
     assert plan.expected_pause_s == 9.0
 
@@ -397,7 +458,7 @@ def test_a_hold_must_leave_room_for_the_resume(
     budget_s: float, hold_s: float, fits: bool, build: Build, host: Host, fleet: MakeFleet
 ) -> None:
     plan = make_plan(
-        fleet(host("h1", build("w1"))),
+        fleet(host("h1", build("w1"))).snapshot(),
         update="",
         selection=m.Selection(vms=("w1",)),
         policy=m.Policy(budget_s=budget_s),
@@ -412,7 +473,9 @@ def test_a_selected_vm_whose_host_lacks_the_update_is_named(
 ) -> None:
     record = m.UpdateRecord(update="patch", impact="pause", scope="vm", expected_s=1, timeout_s=9)
     everybody = fleet(host("h1", build("w1"), updates=(record,)), host("h2", build("w2"), updates=()))
-    plan = make_plan(everybody, update="patch", selection=m.Selection(vms=("w1", "w2")), policy=m.Policy())
+    plan = make_plan(
+        everybody.snapshot(), update="patch", selection=m.Selection(vms=("w1", "w2")), policy=m.Policy()
+    )
     assert [vm.vm for vm in plan.skipped] == ["w2"]
     assert "does not define the update" in plan.skipped[0].reason
 
@@ -489,7 +552,11 @@ def test_a_freeze_is_refused_for_want_of_a_proof_only_when_asked(
     assert not _plan(one).refusals
     assert "no proof can be made that freeze" in _reasons(_plan(one, on_unproven="halt"))["w1"]
     hold = make_plan(
-        one, update="", selection=m.Selection(vms=("w1",)), policy=m.Policy(on_unproven="halt"), hold_s=3.0
+        one.snapshot(),
+        update="",
+        selection=m.Selection(vms=("w1",)),
+        policy=m.Policy(on_unproven="halt"),
+        hold_s=3.0,
     )
     assert "no proof can be made that freeze" in _reasons(hold)["w1"]
 
@@ -534,7 +601,7 @@ def test_what_no_wave_would_start_with_refuses_the_plan_by_name(
     assert "/bin/web was ended by SIGKILL" in _reasons(_plan(one))["w1"]
     assert health_blockers(one, (_planned_vm(dead, "h1"),)), "the same fact, the same refusal"
     without = make_plan(
-        one,
+        one.snapshot(),
         update="patch",
         selection=m.Selection(),
         policy=m.Policy(),

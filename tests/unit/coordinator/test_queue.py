@@ -45,7 +45,11 @@ class Desk:
         """As the service does it: a freeze on demand of these sets (web), queued behind what holds them."""
         policy = m.Policy(notice_s=notice_s, verify_timeout_s=20.0)
         plan = make_plan(
-            self.fleet, update="", selection=m.Selection(sets=sets or ("web",)), policy=policy, hold_s=2.0
+            self.fleet.snapshot(),
+            update="",
+            selection=m.Selection(sets=sets or ("web",)),
+            policy=policy,
+            hold_s=2.0,
         )
         assert not plan.refusals
         ahead = self.repository.holding_or_waiting(sets_of(plan))

@@ -43,7 +43,9 @@ class Desk:
         self.repository.add(self.fresh("r"), "ops", _ANSWER)
 
     def fresh(self, name: str, **selection: tuple[str, ...]) -> Rollout:
-        plan = make_plan(self.fleet, update="patch", selection=m.Selection(**selection), policy=self.policy)
+        plan = make_plan(
+            self.fleet.snapshot(), update="patch", selection=m.Selection(**selection), policy=self.policy
+        )
         assert not plan.refusals
         return new_rollout(
             name,
@@ -420,7 +422,9 @@ def test_two_rollouts_that_share_a_host_take_turns(
     repository = RolloutRepository(CoordinatorStore(str(tmp_path / "c.sqlite")), T0)
     policy = m.Policy(notice_s=1.0)
     for name in ("web", "db"):
-        plan = make_plan(everybody, update="", selection=m.Selection(sets=(name,)), policy=policy, hold_s=1.0)
+        plan = make_plan(
+            everybody.snapshot(), update="", selection=m.Selection(sets=(name,)), policy=policy, hold_s=1.0
+        )
         made = new_rollout(name, plan, policy=policy, fence_hosts=("h1",), requested_by="ops", now=T0)
         repository.add(made, "ops", _ANSWER)
     for seconds in (0, 2):

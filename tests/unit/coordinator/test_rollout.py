@@ -43,7 +43,7 @@ class Story:
         self.authority = authority
         self.now = T0
         self.effects: list[Effect] = []
-        plan = make_plan(fleet, update="patch", selection=m.Selection(), policy=self.policy)
+        plan = make_plan(fleet.snapshot(), update="patch", selection=m.Selection(), policy=self.policy)
         assert not plan.refusals
         self.rollout: Rollout = new_rollout(
             "r", plan, policy=self.policy, fence_hosts=("h1", "h2"), requested_by="ops", now=T0

@@ -268,7 +268,7 @@ class Fleetwide(RuleBasedStateMachine):
             on_unproven="halt",
         )
         plan = make_plan(
-            self.fleet,
+            self.fleet.snapshot(),
             update="" if hold else "patch",
             selection=m.Selection(sets=sets, hosts=hosts),
             policy=policy,

@@ -355,7 +355,7 @@ class _StandsBy:
                 await self._requests.on_request(each, received)
         with self._patch.context() as patch:
             patch.setattr(self._requests, "_now", lambda: datetime.now(UTC) + timedelta(seconds=later_s))
-            self._requests.answer_pending()
+            await self._requests.answer_pending()
 
 
 async def test_what_a_standby_received_long_before_it_leads_is_answered_and_an_abort_is_carried_out(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +80,7 @@ class Desk:
         self.now = T0
         self.repository = RolloutRepository(CoordinatorStore(path), T0)
         policy = m.Policy(notice_s=60.0, verify_timeout_s=50.0)
-        plan = make_plan(fleet, update="patch", selection=m.Selection(), policy=policy)
+        plan = make_plan(fleet.snapshot(), update="patch", selection=m.Selection(), policy=policy)
         assert not plan.refusals
         rollout = new_rollout(
             "r",
@@ -338,3 +341,77 @@ def _after(count: int, first: Any, then: Any) -> Any:
         return (first if calls <= count else then)(*words, **named)
 
     return made
+
+
+def _calls(work: Callable[[], object]) -> int:
+    """How many Python functions it calls, each step of a generator included: its cost, however busy the machine is."""
+    calls = 0
+
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(before)
+    return calls
+
+
+def test_to_announce_an_event_costs_the_same_whatever_the_size_of_its_wave() -> None:
+    """The event loop waits for a wave of 1,000 VMs to be announced."""
+    cost = {}
+    for hosts in (8, 64):
+        desk = Desk(fleet_of(hosts, per_host=8, sets=8))
+        tick = partial(desk.give, Tick())
+        calls = _calls(tick)
+        assert len(desk.wave.events) == 8 * hosts
+        cost[hosts] = calls / len(desk.wave.events)
+    assert cost[64] < 1.3 * cost[8], cost
+
+
+def test_to_store_an_answer_costs_the_same_whatever_the_size_of_those_that_are_kept() -> None:
+    """A plan of 10,000 VMs has megabytes, and some twenty of them are kept."""
+    small = m.RequestAnswered(request="small", accepted=True)
+
+    def cost_s(body: bytes) -> float:
+        store = CoordinatorStore(":memory:")
+        with store.transaction():
+            for number in range(30):
+                store.database.run(
+                    "INSERT INTO answer (client, request, body) VALUES ('ops', ?, ?)", f"q{number}", body
+                )
+        took = []
+        for _ in range(5):
+            began = time.thread_time()
+            with store.transaction():
+                store.save_answer("ops", small)
+            took.append(time.thread_time() - began)
+        ((count,),) = store.database.run("SELECT count(*) FROM answer")
+        assert count == 31
+        store.database.close()
+        return min(took)
+
+    # Each of them read and copied would be a thousand times as much.
+    assert cost_s(b"x" * 2_000_000) < 30 * cost_s(b"x")
+
+
+def test_the_oldest_answers_are_dropped_beyond_their_number_and_size() -> None:
+    store = CoordinatorStore(":memory:")
+    body = b"x" * (20 * 1024 * 1024)
+    with store.transaction():
+        for number in range(5):
+            store.database.run(
+                "INSERT INTO answer (client, request, body) VALUES ('ops', ?, ?)", f"large{number}", body
+            )
+        store.save_answer("ops", m.RequestAnswered(request="new", accepted=True))
+    kept = [name for (name,) in store.database.run("SELECT request FROM answer ORDER BY number")]
+    assert kept == ["large1", "large2", "large3", "large4", "new"], "those with at most 64 MiB of newer ones"
+    with store.transaction():
+        for number in range(1001):
+            store.save_answer("ops", m.RequestAnswered(request=f"q{number}", accepted=True))
+    ((count, oldest),) = store.database.run("SELECT count(*), min(number) FROM answer")
+    ((first,),) = store.database.run("SELECT request FROM answer WHERE number = ?", oldest)
+    assert (count, first) == (1000, "q1")

@@ -24,7 +24,7 @@ _AT = datetime(2026, 4, 20, 9, 30, tzinfo=UTC)
 
 def _plan(fleet: FleetLookup, selection: m.Selection | None = None, **limits: Any) -> m.Plan:
     return make_plan(
-        fleet,
+        fleet.snapshot(),
         update="patch",
         selection=selection or m.Selection(),
         policy=m.Policy(),

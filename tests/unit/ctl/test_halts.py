@@ -89,7 +89,7 @@ class Story:
         self.fleet = _fleet()
         self.now = T0
         policy = msgspec.structs.replace(_POLICY, **changes)
-        plan = make_plan(self.fleet, update="patch", selection=m.Selection(), policy=policy)
+        plan = make_plan(self.fleet.snapshot(), update="patch", selection=m.Selection(), policy=policy)
         self.rollout: Rollout = new_rollout(
             "r", plan, policy=policy, fence_hosts=("host-1",), requested_by="rollout", now=T0
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -124,6 +125,37 @@ def test_prometheus_scrapes_the_services_where_they_listen(services: dict[str, A
         for target in group["targets"]
     }
     assert targets == {f"{name}:{port}" for name, port in _HEALTH_PORTS.items()}
+
+
+def test_the_second_coordinator_is_scraped_once_its_profile_was_started_and_not_before(
+    services: dict[str, Any], tmp_path: Path
+) -> None:
+    """Where nobody started it nobody misses it; where it was started, it is missed while it is away."""
+    text = (_ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text(encoding="utf-8")
+    jobs = {job["job_name"]: job for job in yaml.safe_load(text)["scrape_configs"]}
+    ((file,),) = ([Path(each) for each in found["files"]] for found in _discovered(jobs))
+    (mount,) = (each for each in services["prometheus"]["volumes"] if each.startswith("store:"))
+    assert mount == f"store:{file.parent}:ro"
+    shell, option, script = services["store"]["command"]
+    assert services["store"]["volumes"] == [f"store:{file.parent}"]
+    done = subprocess.run(
+        [shell, option, script.replace(str(file.parent), str(tmp_path))],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert {each.name for each in tmp_path.iterdir()} == {"postgresql", file.name}
+    (group,) = json.loads((tmp_path / file.name).read_text(encoding="utf-8"))
+    (known,) = jobs["caesura-coordinator"]["static_configs"]
+    assert group == {"targets": ["coordinator-2:9301"], "labels": known["labels"]}
+    assert services["coordinator-2"]["environment"]["CAESURA_COORDINATOR_HEALTH_LISTEN"] == "0.0.0.0:9301"
+
+
+def _discovered(jobs: dict[str, Any]) -> list[Any]:
+    """What Prometheus reads from files."""
+    return [found for job in jobs.values() for found in job.get("file_sd_configs", [])]
 
 
 def test_no_secret_is_in_a_file_of_ours(services: dict[str, Any]) -> None:
@@ -316,7 +348,9 @@ def test_there_is_no_second_store_before_the_mark_of_the_first(services: dict[st
         assert services[name]["depends_on"]["store"] == {"condition": "service_completed_successfully"}
     _, mark, *_ = services["coordinator"]["command"]
     marks = services["store"]
-    assert f"until touch {mark};" in marks["command"][-1], "it has made the mark, or it has not ended"
+    assert re.match(rf"until\s[^;]*\btouch {mark}\ndo ", marks["command"][-1]), (
+        "it has made the mark, or it has not ended"
+    )
     assert marks["depends_on"] == {}, "nothing that fails comes before it"
     assert marks["volumes"] == ["store:/var/lib/caesura-store"]
     assert "store:/var/lib/caesura-store:ro" in services["coordinator"]["volumes"]

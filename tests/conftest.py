@@ -18,6 +18,7 @@ from caesura_testing.evidence import ends_of_logs, repeat_command
 from caesura_testing.patience import FACTOR, VARIABLE, patient
 from caesura_testing.sandbox import Sandbox
 from caesura_testing.second_look import second_look
+from caesura_testing.virtual_time import only_where_marked
 
 # How long an example takes depends on what else the machine does: no test fails for that.
 # What failed is printed in a form that can be given again, wherever the tests run.
@@ -34,6 +35,7 @@ settings.register_profile(
 def pytest_configure(config: pytest.Config) -> None:
     if (looking := second_look(config)) is not None:
         config.pluginmanager.register(looking)
+    only_where_marked(config)
     # Processes that run a part of the tests are as patient as the one that started them.
     os.environ[VARIABLE] = f"{FACTOR:.2f}"
     # pytest-asyncio makes an event loop that nobody closes when a synchronous test runs first; warnings are errors.

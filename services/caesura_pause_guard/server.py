@@ -93,7 +93,8 @@ class GuardServer:
         self._owner_pidfd: int | None = None
         self._stopping = False
         self._said_stopping = False
-        self._alone_since = time.monotonic()
+        self._alone_since = math.inf
+        """On CLOCK_MONOTONIC; infinity: it has a client or work."""
         self._accept_at: float | None = None
         """When to accept again after a failure; None: the listener is polled."""
         self._accept_said_at = -math.inf
@@ -135,11 +136,7 @@ class GuardServer:
                 wait_s = self._watch.step()
                 if self._may_end():
                     return
-                if self._exit_when_alone_s is not None and not self._clients:
-                    wait_s = min(
-                        self._exit_when_alone_s if wait_s is None else wait_s, self._exit_when_alone_s
-                    )
-                for limit_s in (self._notifier.interval_s, self._accept_again()):
+                for limit_s in (self._notifier.interval_s, self._accept_again(), self._ends_in()):
                     if limit_s is not None:
                         wait_s = limit_s if wait_s is None else min(wait_s, limit_s)
                 for key, _ in self._selector.select(wait_s):
@@ -159,10 +156,16 @@ class GuardServer:
             self._watch.fire("the pause guard was asked to stop")
             return self._watch.state != "firing"
         if self._clients or not self._watch.at_rest:
-            self._alone_since = time.monotonic()
+            self._alone_since = math.inf
             return False
-        limit = self._exit_when_alone_s
-        return limit is not None and time.monotonic() - self._alone_since >= limit
+        self._alone_since = min(self._alone_since, time.monotonic())
+        return self._ends_in() == 0.0
+
+    def _ends_in(self) -> float | None:
+        """s: until it has been alone for long enough; None: somebody is there, it has work, or it is to stay."""
+        if self._exit_when_alone_s is None or self._alone_since == math.inf:
+            return None
+        return max(0.0, self._alone_since + self._exit_when_alone_s - time.monotonic())
 
     def _on_signal(self, *_: object) -> None:
         self._stopping = True

@@ -1,4 +1,4 @@
-"""Fixtures that the tests of the host updater and of its pause guard share."""
+"""Fixtures that the tests of several services share."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 import pytest
+
+from caesura.bus.embedded import embedded_available
+from caesura_testing.broker import mosquitto_installed
+
+
+@pytest.fixture(params=["mosquitto", "embedded"])
+def broker_kind(request: pytest.FixtureRequest) -> str:
+    """Each of the local brokers: the embedded one keeps fewer promises than Mosquitto, and a service must work with both."""
+    kind: str = request.param
+    if not (mosquitto_installed() if kind == "mosquitto" else embedded_available()):
+        pytest.skip(f"{'mosquitto' if kind == 'mosquitto' else 'amqtt'} is not installed")
+    return kind
 
 
 @pytest.fixture

@@ -119,9 +119,11 @@ class Scratch:
             "PYTHONPATH": ":".join(
                 str(self.root / each) for each in ("services", "shared", "tools", "tests/support")
             ),
-            # Byte code is told apart by size and whole seconds: a mutation of the same length would not be seen.
-            "PYTHONDONTWRITEBYTECODE": "1",
         }
+        self._environ.pop(
+            "PYTHONDONTWRITEBYTECODE", None
+        )  # to compile everything takes longer than most tests
+        self._stamp = 1_000_000_000
 
     def packages_are_the_copies(self) -> None:
         """Raises RuntimeError if tests would import the working tree's packages."""
@@ -172,16 +174,22 @@ class Scratch:
         failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
         return process.returncode, (failed or lines[-3:] or ["no output"])[0]
 
+    def _write(self, path: Path, text: str) -> None:
+        """With a time that the file never had: bytecode is taken for fresh by size and whole seconds."""
+        path.write_text(text, encoding="utf-8")
+        self._stamp += 1
+        os.utime(path, (self._stamp, self._stamp))
+
     def plant(self, mutation: Mutation, limit_s: float) -> Result:
         """Plant it, run its tests, restore the file."""
         began = time.monotonic()
         path = self.root / mutation.file
         before = path.read_text(encoding="utf-8")
-        path.write_text(before.replace(mutation.old, mutation.new), encoding="utf-8")
+        self._write(path, before.replace(mutation.old, mutation.new))
         try:
             code, said = self.test(mutation.tests, limit_s)
         finally:
-            path.write_text(before, encoding="utf-8")
+            self._write(path, before)
         outcome: Outcome = "survived" if code == 0 else "killed" if code == 1 else "broken"
         return Result(mutation, outcome, time.monotonic() - began, said)
 

@@ -23,6 +23,7 @@ from caesura_ctl.session import connect
 from caesura_ctl.settings import CtlSettings
 from caesura_metrics_exporter.settings import MetricsExporterSettings
 from caesura_testing.broker_nodes import BrokerNode
+from caesura_testing.cluster_harness import password_of, started
 from caesura_testing.nats_cluster import NatsCluster, nats_server
 from caesura_testing.patience import patient
 from caesura_testing.rabbitmq_cluster import RabbitmqCluster, rabbitmq_server
@@ -55,18 +56,15 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def cluster(engine: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder: Path = tmp_path_factory.mktemp(engine)
-    passwords = {each.username: f"password of {each.username}" for each in _USERS}
-    made: Cluster = (
+    folder = tmp_path_factory.mktemp(engine)
+    passwords = {each.username: password_of(each) for each in _USERS}
+    cluster: Cluster = (
         NatsCluster(folder, nats_users(_USERS), passwords)
         if engine == "nats"
         else RabbitmqCluster(folder, rabbitmq_definitions(_USERS), passwords)
     )
-    try:
-        asyncio.run(made.start())
-        yield made
-    finally:
-        asyncio.run(made.close())
+    with started(cluster):
+        yield cluster
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from caesura.bus.local_broker import LocalBroker
 from caesura.bus.messaging import MessageClient
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
-from caesura.bus.port import BusUnavailable
+from caesura.bus.port import Bus, BusUnavailable
 from caesura.bus.rates import LIMITS, Limit, Rates
 from caesura.contract import messages as m
 from caesura.contract.access import Principal, access_rules
@@ -31,10 +31,9 @@ from caesura.contract.codec import encode
 from caesura.contract.topics import channel_of
 from caesura.runtime.identity import new_id
 from caesura.runtime.settings import Secret
-from caesura_coordinator.service import Coordinator, subscriptions
-from caesura_coordinator.store import CoordinatorStore
 from caesura_testing.broker import mosquitto_installed, shipped_mosquitto
 from caesura_testing.collector import eventually, running
+from caesura_testing.coordinators import leading_coordinator
 from caesura_testing.patience import patient
 
 pytestmark = [
@@ -89,7 +88,7 @@ def muted_for_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "MUTED_S", 3600.0)
 
 
-async def until_quiet(bus: MqttBus, ask: Callable[[], Awaitable[None]]) -> None:
+async def until_quiet(bus: Bus, ask: Callable[[], Awaitable[None]]) -> None:
     """Ask until an answer comes before nearly everything else: what was queued first is handled, and no more comes.
 
     Raises:
@@ -221,60 +220,58 @@ async def test_a_flooding_guest_keeps_its_host_from_no_command(tmp_path: Path) -
             assert host.stats.refused["vm"] > 0
 
 
+def operator_of(broker: LocalBroker) -> tuple[MessageClient, list[str]]:
+    """An operator's connection, and the ids of the requests that were answered."""
+    asking = MessageClient(
+        MqttBus(options(broker, "ctl_ops"), filters=["caesura/v1/fleet/ctl/ops/answer"]), "/caesura/ctl/ops"
+    )
+    answers: list[str] = []
+
+    async def on_answer(answer: m.RequestAnswered, _: object) -> None:
+        answers.append(answer.request)
+
+    asking.subscribe(m.RequestAnswered, on_answer)
+    return asking, answers
+
+
 async def test_a_flooding_guest_keeps_an_operator_from_no_plan(tmp_path: Path) -> None:
     async with AsyncExitStack() as stack:
         broker = await stack.enter_async_context(
             shipped_mosquitto("broker", tmp_path, users=_PASSWORDS, acl=access_rules(_USERS))
         )
-        store = CoordinatorStore(str(tmp_path / "coordinator.sqlite"))
-        stack.callback(store.database.close)
-        bus = MqttBus(
-            options(broker, "coordinator", clean=False), filters=subscriptions(), rates=Rates(_RATES)
-        )
-        made = Coordinator(bus, store, instance="coordinator", settle_s=0.1)
-        bus.peers = made.known
-        tasks = [asyncio.ensure_future(start()) for start in made.tasks().values()]
-        try:
-            await eventually(lambda: made.is_leader, _HANG_S)
-            operator = MqttBus(options(broker, "ctl_ops"), filters=["caesura/v1/fleet/ctl/ops/answer"])
-            asking = MessageClient(operator, "/caesura/ctl/ops")
-            answers: list[str] = []
-
-            async def on_answer(answer: m.RequestAnswered, _: object) -> None:
-                answers.append(answer.request)
-
-            asking.subscribe(m.RequestAnswered, on_answer)
-            host = MessageClient(MqttBus(options(broker, "host_h1")), "/caesura/host/h1")
-            neighbour = MessageClient(MqttBus(options(broker, "vm_web-2")), "/caesura/vm/web-2")
-            for each, receive in ((operator, asking.deliver), (host.bus, None), (neighbour.bus, None)):
-                await stack.enter_async_context(running(each, receive))
-            vms = tuple(
-                m.VmRecord(vm=name, set="web", update_domain=0, state="running")
-                for name in ("web-1", "web-2")
+        made = await stack.enter_async_context(
+            leading_coordinator(
+                options(broker, "coordinator", clean=False), tmp_path, rates=Rates(_RATES), within_s=_HANG_S
             )
-            await host.send(m.HostInventory(host="h1", driver="process", epoch=0, vms=vms), host="h1")
-            await eventually(lambda: len(made.known("vm")) == 2, _HANG_S)
-            payload = message(m.VmReady(vm="web-1", event_id="e", ready=True, reason="x" * 500))
-            async with flood(broker, "caesura/v1/vm/web-1/ready", payload):
-                await eventually(lambda: bus.stats.refused.get("vm", 0) > 0, _HANG_S)
+        )
+        bus = made.bus
+        asking, answers = operator_of(broker)
+        host = MessageClient(MqttBus(options(broker, "host_h1")), "/caesura/host/h1")
+        neighbour = MessageClient(MqttBus(options(broker, "vm_web-2")), "/caesura/vm/web-2")
+        for each, receive in ((asking.bus, asking.deliver), (host.bus, None), (neighbour.bus, None)):
+            await stack.enter_async_context(running(each, receive))
+        vms = tuple(
+            m.VmRecord(vm=name, set="web", update_domain=0, state="running") for name in ("web-1", "web-2")
+        )
+        await host.send(m.HostInventory(host="h1", driver="process", epoch=0, vms=vms), host="h1")
+        await eventually(lambda: len(made.known("vm")) == 2, _HANG_S)
+        payload = message(m.VmReady(vm="web-1", event_id="e", ready=True, reason="x" * 500))
+        async with flood(broker, "caesura/v1/vm/web-1/ready", payload):
+            await eventually(lambda: bus.stats.refused.get("vm", 0) > 0, _HANG_S)
 
-                async def plan() -> None:
-                    made = m.RolloutRequested(request=new_id(), update="patch")
-                    await until_answered(partial(asking.send, made, client="ops"), made.request, answers)
+            async def plan() -> None:
+                made = m.RolloutRequested(request=new_id(), update="patch")
+                await until_answered(partial(asking.send, made, client="ops"), made.request, answers)
 
-                await until_quiet(bus, plan)
-                before = bus.stats.received
-                for _ in range(3):
-                    await plan()
-                await neighbour.send(m.AgentPresence(vm="web-2", online=True, boot_id="b"), vm="web-2")
-                await eventually(lambda: made.state.agents_online.get("web-2", False), _HANG_S)
-                assert bus.stats.received - before < _STRAY
-                assert bus.stats.connects == 1
-                assert bus.stats.refused["vm"] > 0
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await until_quiet(bus, plan)
+            before = bus.stats.received
+            for _ in range(3):
+                await plan()
+            await neighbour.send(m.AgentPresence(vm="web-2", online=True, boot_id="b"), vm="web-2")
+            await eventually(lambda: made.state.agents_online.get("web-2", False), _HANG_S)
+            assert bus.stats.received - before < _STRAY
+            assert bus.stats.connects == 1
+            assert bus.stats.refused["vm"] > 0
 
 
 async def test_a_flooding_operator_keeps_another_from_no_abort(tmp_path: Path) -> None:
@@ -283,35 +280,20 @@ async def test_a_flooding_operator_keeps_another_from_no_abort(tmp_path: Path) -
         broker = await stack.enter_async_context(
             shipped_mosquitto("broker", tmp_path, users=_PASSWORDS, acl=access_rules(_USERS))
         )
-        store = CoordinatorStore(str(tmp_path / "coordinator.sqlite"))
-        stack.callback(store.database.close)
-        bus = MqttBus(
-            options(broker, "coordinator", clean=False), filters=subscriptions(), rates=Rates(_RATES)
+        made = await stack.enter_async_context(
+            leading_coordinator(
+                options(broker, "coordinator", clean=False), tmp_path, rates=Rates(_RATES), within_s=_HANG_S
+            )
         )
-        made = Coordinator(bus, store, instance="coordinator", settle_s=0.1)
-        bus.peers = made.known
-        tasks = [asyncio.ensure_future(start()) for start in made.tasks().values()]
-        try:
-            await eventually(lambda: made.is_leader, _HANG_S)
-            operator = MqttBus(options(broker, "ctl_ops"), filters=["caesura/v1/fleet/ctl/ops/answer"])
-            asking = MessageClient(operator, "/caesura/ctl/ops")
-            answers: list[str] = []
-
-            async def on_answer(answer: m.RequestAnswered, _: object) -> None:
-                answers.append(answer.request)
-
-            asking.subscribe(m.RequestAnswered, on_answer)
-            thief = MqttBus(options(broker, "ctl_thief"))
-            for each, receive in ((operator, asking.deliver), (thief, None)):
-                await stack.enter_async_context(running(each, receive))
-            for number in range(4 * int(LIMITS["ctl"].burst)):
-                kind = ("start", "freeze", "abort", "resume")[number % 4]
-                await thief.publish(f"caesura/v1/ctl/thief/{kind}", b"x", qos=0)
-            await eventually(lambda: bus.stats.refused.get("ctl", 0) > LIMITS["ctl"].burst, _HANG_S)
-            request = m.AbortRequested(request=new_id(), reason="stop it")
-            await until_answered(partial(asking.send, request, client="ops"), request.request, answers)
-            assert bus.stats.connects == 1
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        bus = made.bus
+        asking, answers = operator_of(broker)
+        thief = MqttBus(options(broker, "ctl_thief"))
+        for each, receive in ((asking.bus, asking.deliver), (thief, None)):
+            await stack.enter_async_context(running(each, receive))
+        for number in range(4 * int(LIMITS["ctl"].burst)):
+            kind = ("start", "freeze", "abort", "resume")[number % 4]
+            await thief.publish(f"caesura/v1/ctl/thief/{kind}", b"x", qos=0)
+        await eventually(lambda: bus.stats.refused.get("ctl", 0) > LIMITS["ctl"].burst, _HANG_S)
+        request = m.AbortRequested(request=new_id(), reason="stop it")
+        await until_answered(partial(asking.send, request, client="ops"), request.request, answers)
+        assert bus.stats.connects == 1

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 
 import pytest
 
-from caesura.bus.mqtt import MqttBus
-from caesura.bus.options import BrokerOptions
 from caesura.bus.port import Delivery, Will
 from caesura.conformance.bus_harness import BrokerCapabilities, BusHarness
-from caesura.conformance.buses import BusConformance
 from caesura.contract.access import Principal, nats_users
 from caesura.contract.messages import AgentPresence, SetDocument, VmDetails, VmOwner
 from caesura.contract.topics import PREFIX, channel_of
-from caesura.runtime.settings import Secret
-from caesura_testing.cluster_harness import PASSWORD, USER, harness_over
+from caesura_testing.cluster_harness import (
+    PASSWORD,
+    USER,
+    ClusterConformance,
+    bus_as,
+    harness_over,
+    password_of,
+    started,
+)
 from caesura_testing.collector import PATIENCE_S, Collector, eventually, running
 from caesura_testing.nats_cluster import NatsCluster, nats_server
 from caesura_testing.proxy import TcpProxy
@@ -37,16 +40,11 @@ _USERS = (_WEB_1, _WEB_2, _COORDINATOR, _HOST, _PUBLISHER)
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsCluster]:
-    """One for all tests: it takes seconds until it has a leader."""
-    folder: Path = tmp_path_factory.mktemp("nats")
+    folder = tmp_path_factory.mktemp("nats")
     users = nats_users(_USERS).rstrip().removesuffix("]") + _SUITE
-    passwords = {each.username: f"password of {each.username}" for each in _USERS}
-    made = NatsCluster(folder, users, {**passwords, USER: PASSWORD})
-    try:
-        asyncio.run(made.start())
-        yield made
-    finally:
-        asyncio.run(made.kill())
+    passwords = {each.username: password_of(each) for each in _USERS}
+    with started(NatsCluster(folder, users, {**passwords, USER: PASSWORD})) as cluster:
+        yield cluster
 
 
 @pytest.fixture
@@ -55,12 +53,8 @@ async def harness(cluster: NatsCluster) -> AsyncIterator[BusHarness]:
         yield harness
 
 
-class TestNats(BusConformance, missing=_MISSING):
-    """The suite, without what depends on the client alone: each needs a new cluster afterwards."""
-
-    test_a_publish_in_flight_fails_as_soon_as_the_broker_dies = None  # type: ignore[assignment]
-    test_who_tries_again_at_once_does_not_keep_the_end_of_the_connection_from_being_noticed = None  # type: ignore[assignment]
-    test_a_publish_without_an_answer_ends_with_its_timeout = None  # type: ignore[assignment]
+class TestNats(ClusterConformance, missing=_MISSING):
+    """The suite, without what NATS does not promise."""
 
     async def test_a_message_whose_handler_never_returned_comes_again(self, harness: BusHarness) -> None:
         """As the suite's, but for the message before: NATS may lose an acknowledgement that came right before the end of a connection."""
@@ -83,40 +77,15 @@ class TestNats(BusConformance, missing=_MISSING):
                 await second.until(lambda found: {b"2", b"3"} <= {each.payload for each in found})
 
 
-def bus_of(
-    cluster: NatsCluster,
-    user: Principal,
-    *filters: str,
-    client_id: str = "",
-    url: str = "",
-    will: Will | None = None,
-    clean: bool = True,
-) -> MqttBus:
-    return MqttBus(
-        BrokerOptions(
-            url=url or cluster.url,
-            client_id=client_id,
-            username=user.username,
-            password=Secret(f"password of {user.username}"),
-            protocol="3.1.1",
-            clean=clean,
-            reconnect_min_s=0.05,
-            reconnect_max_s=0.5,
-        ),
-        filters=filters,
-        will=will,
-    )
-
-
 async def test_a_message_and_what_is_retained_are_on_every_node(cluster: NatsCluster) -> None:
     topic = channel_of(SetDocument).topic(set="web")
-    async with running(bus_of(cluster, _COORDINATOR, url=cluster.nodes[0].url)) as _:
-        sender = bus_of(cluster, _COORDINATOR, url=cluster.nodes[1].url)
+    async with running(bus_as(cluster, _COORDINATOR, url=cluster.nodes[0].url)) as _:
+        sender = bus_as(cluster, _COORDINATOR, url=cluster.nodes[1].url)
         async with running(sender):
             await sender.publish(topic, b"kept", retain=True)
         for node in cluster.nodes:
             got = Collector()
-            async with running(bus_of(cluster, _WEB_1, topic, url=node.url), got.receive):
+            async with running(bus_as(cluster, _WEB_1, topic, url=node.url), got.receive):
                 await got.until(
                     lambda found: any(each.retained and each.payload == b"kept" for each in found)
                 )
@@ -126,14 +95,14 @@ async def test_a_session_goes_on_at_another_node_with_what_came_while_it_was_awa
     cluster: NatsCluster,
 ) -> None:
     topic = channel_of(SetDocument).topic(set="web")
-    sender, got = bus_of(cluster, _COORDINATOR), Collector()
+    sender, got = bus_as(cluster, _COORDINATOR), Collector()
     here = {"client_id": "moving", "clean": False}
     async with running(sender):
-        async with running(bus_of(cluster, _WEB_1, topic, url=cluster.nodes[0].url, **here), got.receive):  # type: ignore[arg-type]
+        async with running(bus_as(cluster, _WEB_1, topic, url=cluster.nodes[0].url, **here), got.receive):  # type: ignore[arg-type]
             await sender.publish(topic, b"here")
             await got.until_payload(b"here")
         await sender.publish(topic, b"away")
-        async with running(bus_of(cluster, _WEB_1, topic, url=cluster.nodes[1].url, **here), got.receive):  # type: ignore[arg-type]
+        async with running(bus_as(cluster, _WEB_1, topic, url=cluster.nodes[1].url, **here), got.receive):  # type: ignore[arg-type]
             await got.until_payload(b"away")
 
 
@@ -155,7 +124,7 @@ async def test_a_session_goes_on_at_another_node_with_what_came_while_it_was_awa
     ],
 )
 async def test_a_vm_may_not_subscribe_beyond_its_own(cluster: NatsCluster, topic_filter: str) -> None:
-    bus = bus_of(cluster, _WEB_2, topic_filter)
+    bus = bus_as(cluster, _WEB_2, topic_filter)
     task = asyncio.create_task(bus.run(Collector().receive))
     await eventually(lambda: "refused to subscribe" in bus.stats.last_error)
     assert bus.stats.connects == 0
@@ -169,25 +138,25 @@ async def test_what_a_vm_publishes_beyond_its_own_reaches_nobody(cluster: NatsCl
     victim, own = presence.topic(vm="web-1"), presence.topic(vm="web-2")
     got = Collector()
     async with (
-        running(bus_of(cluster, _COORDINATOR, presence.filter()), got.receive),
+        running(bus_as(cluster, _COORDINATOR, presence.filter()), got.receive),
         TcpProxy("127.0.0.1", cluster.nodes[0].port) as proxy,
     ):
-        thief = bus_of(cluster, _WEB_2, will=Will(victim, b"will"))
+        thief = bus_as(cluster, _WEB_2, will=Will(victim, b"will"))
         async with running(thief):
             await thief.publish(victim, b"forged", qos=0)
             await thief.publish(victim, b"forged")
             await thief.publish(victim, b"forged", retain=True)
-        dying = bus_of(cluster, _WEB_2, url=proxy.url, will=Will(victim, b"will"))
+        dying = bus_as(cluster, _WEB_2, url=proxy.url, will=Will(victim, b"will"))
         async with running(dying):
             proxy.cut()
             await eventually(lambda: dying.stats.connects == 2)
-        allowed = bus_of(cluster, _WEB_2, url=proxy.url, will=Will(own, b"own will"))
+        allowed = bus_as(cluster, _WEB_2, url=proxy.url, will=Will(own, b"own will"))
         async with running(allowed):
             proxy.cut()
             await got.until_payload(b"own will")
     assert {each.topic for each in got.deliveries} == {own}
     late = Collector()
-    async with running(bus_of(cluster, _COORDINATOR, presence.filter()), late.receive):
+    async with running(bus_as(cluster, _COORDINATOR, presence.filter()), late.receive):
         await late.until_payload(b"own will")
     assert {each.topic for each in late.deliveries} == {own}
 
@@ -195,17 +164,17 @@ async def test_what_a_vm_publishes_beyond_its_own_reaches_nobody(cluster: NatsCl
 async def test_who_takes_a_client_id_gets_nothing_of_its_session(cluster: NatsCluster) -> None:
     """NATS does not bind client ids to users, which is why ids at a cluster are not guessable (``options_from``)."""
     topic = channel_of(SetDocument).topic(set="web")
-    sender, stolen, got = bus_of(cluster, _COORDINATOR), Collector(), Collector()
+    sender, stolen, got = bus_as(cluster, _COORDINATOR), Collector(), Collector()
     owner = {"client_id": "session of web-1", "clean": False}
     async with running(sender):
-        async with running(bus_of(cluster, _WEB_1, topic, **owner)):  # type: ignore[arg-type]
+        async with running(bus_as(cluster, _WEB_1, topic, **owner)):  # type: ignore[arg-type]
             pass
         await sender.publish(topic, b"for web-1")
-        thief = bus_of(cluster, _WEB_2, channel_of(SetDocument).topic(set="db"), **owner)  # type: ignore[arg-type]
+        thief = bus_as(cluster, _WEB_2, channel_of(SetDocument).topic(set="db"), **owner)  # type: ignore[arg-type]
         async with running(thief, stolen.receive):
             await sender.publish(channel_of(SetDocument).topic(set="db"), b"for web-2")
             await stolen.until_payload(b"for web-2")
-        async with running(bus_of(cluster, _WEB_1, topic, **owner), got.receive):  # type: ignore[arg-type]
+        async with running(bus_as(cluster, _WEB_1, topic, **owner), got.receive):  # type: ignore[arg-type]
             await got.until_payload(
                 b"for web-1",
             )

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
 
 from caesura.bus.mqtt import MqttBus
-from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusUnavailable, Will
 from caesura.contract.access import Principal, rabbitmq_definitions
 from caesura.contract.messages import AgentPresence, SetDocument, VmOwner
 from caesura.contract.topics import PREFIX, channel_of
-from caesura.runtime.settings import Secret
+from caesura_testing.cluster_harness import bus_as, password_of, started
 from caesura_testing.collector import Collector, eventually, running
 from caesura_testing.proxy import TcpProxy
 from caesura_testing.rabbitmq_cluster import RabbitmqCluster, rabbitmq_server
@@ -30,39 +29,17 @@ _DOCUMENT = channel_of(SetDocument).topic(set="web")
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitmqCluster]:
-    folder: Path = tmp_path_factory.mktemp("rabbitmq")
-    passwords = {each.username: f"password of {each.username}" for each in _USERS}
-    made = RabbitmqCluster(folder, rabbitmq_definitions(_USERS), passwords)
-    try:
-        asyncio.run(made.start())
-        yield made
-    finally:
-        asyncio.run(made.close())
+    passwords = {each.username: password_of(each) for each in _USERS}
+    folder = tmp_path_factory.mktemp("rabbitmq")
+    with started(RabbitmqCluster(folder, rabbitmq_definitions(_USERS), passwords)) as cluster:
+        yield cluster
 
 
 def bus_of(
-    cluster: RabbitmqCluster,
-    user: Principal,
-    *filters: str,
-    client_id: str = "",
-    url: str = "",
-    will: Will | None = None,
-    clean: bool = True,
+    cluster: RabbitmqCluster, user: Principal, *filters: str, client_id: str = "", **more: Any
 ) -> MqttBus:
-    return MqttBus(
-        BrokerOptions(
-            url=url or cluster.url,
-            client_id=client_id or _IDS[user],
-            username=user.username,
-            password=Secret(f"password of {user.username}"),
-            protocol="3.1.1",
-            clean=clean,
-            reconnect_min_s=0.05,
-            reconnect_max_s=0.5,
-        ),
-        filters=filters,
-        will=will,
-    )
+    """With the client id that the user's service has: a user may use its own only."""
+    return bus_as(cluster, user, *filters, client_id=client_id or _IDS[user], **more)
 
 
 async def test_what_is_retained_is_of_one_node_and_not_for_wildcards(cluster: RabbitmqCluster) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 
 import pytest
 
 from caesura.conformance.bus_harness import BrokerCapabilities, BusHarness
-from caesura.conformance.buses import BusConformance
 from caesura.contract.access import rabbitmq_definitions
-from caesura_testing.cluster_harness import PASSWORD, USER, harness_over
+from caesura_testing.cluster_harness import PASSWORD, USER, ClusterConformance, harness_over, started
 from caesura_testing.rabbitmq_cluster import RabbitmqCluster, rabbitmq_server
 
 pytestmark = pytest.mark.skipif(not rabbitmq_server(), reason="rabbitmq-server is not installed")
@@ -39,13 +36,9 @@ def _definitions() -> str:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitmqCluster]:
-    folder: Path = tmp_path_factory.mktemp("rabbitmq")
-    made = RabbitmqCluster(folder, _definitions(), {USER: PASSWORD})
-    try:
-        asyncio.run(made.start())
-        yield made
-    finally:
-        asyncio.run(made.close())
+    folder = tmp_path_factory.mktemp("rabbitmq")
+    with started(RabbitmqCluster(folder, _definitions(), {USER: PASSWORD})) as cluster:
+        yield cluster
 
 
 @pytest.fixture
@@ -54,9 +47,5 @@ async def harness(cluster: RabbitmqCluster) -> AsyncIterator[BusHarness]:
         yield harness
 
 
-class TestRabbitmq(BusConformance, missing=_MISSING):
-    """The suite, without what RabbitMQ does not promise and what depends on the client alone: each of those needs a new cluster afterwards."""
-
-    test_a_publish_in_flight_fails_as_soon_as_the_broker_dies = None  # type: ignore[assignment]
-    test_who_tries_again_at_once_does_not_keep_the_end_of_the_connection_from_being_noticed = None  # type: ignore[assignment]
-    test_a_publish_without_an_answer_ends_with_its_timeout = None  # type: ignore[assignment]
+class TestRabbitmq(ClusterConformance, missing=_MISSING):
+    """The suite, without what RabbitMQ does not promise."""

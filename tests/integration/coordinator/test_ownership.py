@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,10 @@ from caesura.contract.access import Principal, access_rules
 from caesura.lifecycle.command_compatibility import COMMANDS
 from caesura.runtime.identity import new_id
 from caesura.runtime.settings import Secret
-from caesura_coordinator.service import Coordinator, subscriptions
-from caesura_coordinator.store import CoordinatorStore
+from caesura_coordinator.service import Coordinator
 from caesura_testing.broker import mosquitto_installed, shipped_mosquitto
 from caesura_testing.collector import eventually, running
+from caesura_testing.coordinators import leading_coordinator
 
 _FLEET = (
     Principal("coordinator"),
@@ -122,22 +120,8 @@ class Operator:
         return self.answers[request]
 
 
-@asynccontextmanager
-async def coordinator(broker: LocalBroker, folder: Path) -> AsyncIterator[Coordinator]:
-    """One that leads for the block, and is killed at its end."""
-    store = CoordinatorStore(str(folder / "coordinator.sqlite"))
-    bus = MqttBus(options(broker, "coordinator", clean=False), filters=subscriptions())
-    made = Coordinator(bus, store, instance="coordinator", settle_s=0.2)
-    tasks = [asyncio.ensure_future(start()) for start in made.tasks().values()]
-    try:
-        await eventually(lambda: made.is_leader)
-        yield made
-        assert not any(task.done() for task in tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        store.database.close()
+def coordinator(broker: LocalBroker, folder: Path) -> AbstractAsyncContextManager[Coordinator]:
+    return leading_coordinator(options(broker, "coordinator", clean=False), folder)
 
 
 def planned(answer: m.RequestAnswered) -> dict[str, str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,10 @@ from caesura.contract import messages as m
 from caesura.contract.access import Principal, access_rules
 from caesura.runtime.identity import new_id
 from caesura.runtime.settings import Secret
-from caesura_coordinator.service import Coordinator, subscriptions
-from caesura_coordinator.store import CoordinatorStore
+from caesura_coordinator.service import Coordinator
 from caesura_testing.broker import mosquitto_installed, shipped_mosquitto
 from caesura_testing.collector import eventually, running
+from caesura_testing.coordinators import leading_coordinator
 
 _FLEET = (Principal("coordinator"), Principal("host", "h1"), Principal("ctl", "ops"))
 _PASSWORDS = {each.username: f"password of {each.username}" for each in _FLEET}
@@ -37,22 +35,8 @@ def options(broker: LocalBroker, user: str, **more: Any) -> BrokerOptions:
     )
 
 
-@asynccontextmanager
-async def coordinator(broker: LocalBroker, folder: Path) -> AsyncIterator[Coordinator]:
-    """One that leads for the block, and is killed at its end."""
-    store = CoordinatorStore(str(folder / "coordinator.sqlite"))
-    bus = MqttBus(options(broker, "coordinator", clean=False), filters=subscriptions())
-    made = Coordinator(bus, store, instance="coordinator", settle_s=0.2)
-    tasks = [asyncio.ensure_future(start()) for start in made.tasks().values()]
-    try:
-        await eventually(lambda: made.is_leader)
-        yield made
-        assert not any(task.done() for task in tasks), "it went on"
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        store.database.close()
+def coordinator(broker: LocalBroker, folder: Path) -> AbstractAsyncContextManager[Coordinator]:
+    return leading_coordinator(options(broker, "coordinator", clean=False), folder)
 
 
 async def test_a_host_cannot_send_the_coordinator_away(tmp_path: Path) -> None:

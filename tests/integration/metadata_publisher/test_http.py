@@ -20,7 +20,6 @@ from uuid import uuid4
 import aiohttp
 import pytest
 
-from caesura.bus.embedded import embedded_available
 from caesura.bus.local_broker import LocalBroker, find_mosquitto, free_port
 from caesura.bus.memory import MemoryBroker, MemoryBus
 from caesura.bus.messaging import MessageClient
@@ -46,18 +45,6 @@ from caesura_metadata_publisher.service import MetadataPublisher, filters
 from caesura_metadata_publisher.settings import MetadataPublisherSettings
 from caesura_testing.activated import activated
 from caesura_testing.patience import patient
-
-# The embedded broker of the demo keeps fewer promises than Mosquitto; a service must work with both.
-BROKERS = [
-    pytest.param(
-        "mosquitto",
-        marks=pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed"),
-    ),
-    pytest.param(
-        "embedded",
-        marks=pytest.mark.skipif(not embedded_available(), reason="amqtt is not installed"),
-    ),
-]
 
 ID = "c7061bac-afdc-4513-b24b-aa5f13a16123"
 EVENTS = "/metadata/scheduledevents?api-version=2020-07-01"
@@ -873,9 +860,10 @@ async def test_the_command_ends_with_words_when_it_cannot_serve(tmp_path: Path, 
     assert "Traceback" not in err.decode()
 
 
-@pytest.mark.parametrize("kind", BROKERS)
-async def test_the_command_with_a_real_broker(kind: Literal["mosquitto", "embedded"], tmp_path: Path) -> None:
-    async with LocalBroker(kind=kind) as broker:
+async def test_the_command_with_a_real_broker(
+    broker_kind: Literal["mosquitto", "embedded"], tmp_path: Path
+) -> None:
+    async with LocalBroker(kind=broker_kind) as broker:
         fleet = Fleet(MqttBus(BrokerOptions(url=broker.url), filters=("caesura/v1/metadata/#",)))
 
         async def run() -> None:

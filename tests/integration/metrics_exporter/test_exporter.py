@@ -15,8 +15,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from caesura.bus.embedded import embedded_available
-from caesura.bus.local_broker import LocalBroker, find_mosquitto, free_port
+from caesura.bus.local_broker import LocalBroker, free_port
 from caesura.bus.memory import MemoryBroker, MemoryBus
 from caesura.bus.messaging import MessageClient
 from caesura.bus.mqtt import MqttBus
@@ -27,18 +26,6 @@ from caesura_metrics_exporter.service import MetricsExporter, filters
 from caesura_metrics_exporter.settings import MetricsExporterSettings
 from caesura_testing.patience import patient
 from caesura_testing.rollouts import announce, wave_state, whole_rollout
-
-# The embedded broker of the demo keeps fewer promises than Mosquitto; a service must work with both.
-BROKERS = [
-    pytest.param(
-        "mosquitto",
-        marks=pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed"),
-    ),
-    pytest.param(
-        "embedded",
-        marks=pytest.mark.skipif(not embedded_available(), reason="amqtt is not installed"),
-    ),
-]
 
 NOW = datetime.now(UTC)
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -457,11 +444,10 @@ async def test_facts_sent_while_it_was_away_are_counted(scene: Scene) -> None:
     assert value(series, "caesura_bus_reconnects_total") == 1
 
 
-@pytest.mark.parametrize("kind", BROKERS)
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian: prometheus) is not installed")
-async def test_the_command_with_a_real_broker(kind: Literal["mosquitto", "embedded"]) -> None:
+async def test_the_command_with_a_real_broker(broker_kind: Literal["mosquitto", "embedded"]) -> None:
     listen = f"127.0.0.1:{free_port()}"
-    async with LocalBroker(kind=kind) as broker:
+    async with LocalBroker(kind=broker_kind) as broker:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",

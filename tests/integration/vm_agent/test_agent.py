@@ -18,8 +18,7 @@ import aiohttp
 import msgspec
 import pytest
 
-from caesura.bus.embedded import embedded_available
-from caesura.bus.local_broker import LocalBroker, find_mosquitto, free_port
+from caesura.bus.local_broker import LocalBroker, free_port
 from caesura.bus.memory import MemoryBroker, MemoryBus
 from caesura.bus.messaging import MessageClient
 from caesura.bus.mqtt import MqttBus
@@ -44,18 +43,6 @@ from caesura_vm_agent.guest_clock import ClockError
 from caesura_vm_agent.ntp import NS_PER_S
 from caesura_vm_agent.service import VmAgent, filters
 from caesura_vm_agent.settings import VmAgentSettings
-
-# The embedded broker of the demo keeps fewer promises than Mosquitto; a service must work with both.
-BROKERS = [
-    pytest.param(
-        "mosquitto",
-        marks=pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed"),
-    ),
-    pytest.param(
-        "embedded",
-        marks=pytest.mark.skipif(not embedded_available(), reason="amqtt is not installed"),
-    ),
-]
 
 M = TypeVar("M", bound=Message)
 
@@ -627,11 +614,10 @@ async def test_a_large_canary_holds_up_no_clock_sync(scene: Scene) -> None:
 # -- the real thing -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", BROKERS)
 async def test_a_frozen_agent_process_finds_its_clock_behind_by_the_pause_and_mends_it(
-    kind: Literal["mosquitto", "embedded"], tmp_path: Path
+    broker_kind: Literal["mosquitto", "embedded"], tmp_path: Path
 ) -> None:
-    async with LocalBroker(kind=kind, data_dir=tmp_path) as broker:
+    async with LocalBroker(kind=broker_kind, data_dir=tmp_path) as broker:
         host = Host(MqttBus(BrokerOptions(url=broker.url), filters=("caesura/v1/vm/#",)))
 
         async def run() -> None:

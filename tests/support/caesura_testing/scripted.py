@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Self
 
 import msgspec
 
+from caesura.bus.port import Bus
+from caesura_testing.collector import Collector
 from caesura_testing.patience import patient
 
 CONNECT, PUBLISH, PUBACK, SUBSCRIBE, PINGREQ, DISCONNECT = 1, 3, 4, 8, 12, 14
@@ -60,6 +63,17 @@ class ScriptedBroker:
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
         self._accepted.put_nowait(ScriptedConnection(reader, writer))
+
+
+@contextlib.asynccontextmanager
+async def under_way(bus: Bus) -> AsyncIterator[None]:
+    """Run a bus without waiting for a connection: the test plays the broker."""
+    task = asyncio.create_task(bus.run(Collector().receive))
+    try:
+        yield
+    finally:
+        await bus.close()
+        await task
 
 
 class ScriptedConnection:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from caesura.bus.local_broker import free_port
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusUnavailable
-from caesura_testing.collector import Collector, eventually
+from caesura_testing.collector import eventually
 from caesura_testing.scripted import (
     CONNECT,
     PINGREQ,
@@ -28,20 +27,10 @@ from caesura_testing.scripted import (
     message_id_of,
     packet,
     puback,
+    under_way,
 )
 
 PINGRESP = 13
-
-
-@asynccontextmanager
-async def run(bus: MqttBus) -> AsyncIterator[None]:
-    """Run without waiting for a connection: the test plays the brokers."""
-    task = asyncio.create_task(bus.run(Collector().receive))
-    try:
-        yield
-    finally:
-        await bus.close()
-        await task
 
 
 @pytest.fixture
@@ -83,7 +72,7 @@ async def test_a_dead_node_a_silent_one_and_one_that_refuses_are_passed_over(
             reconnect_max_s=3600,
         )
         with capture_logs() as logs:
-            async with run(bus):
+            async with under_way(bus):
                 await (await silent.accept()).read(CONNECT)
                 there = await refusing.accept()
                 await there.read(CONNECT)
@@ -103,7 +92,7 @@ async def test_a_silent_node_is_not_asked_again_in_an_older_protocol(
     brokers: tuple[ScriptedBroker, ScriptedBroker],
 ) -> None:
     silent, good = brokers
-    async with run(bus_of(silent.url, good.url, connect_timeout_s=0.2, protocol="auto")):
+    async with under_way(bus_of(silent.url, good.url, connect_timeout_s=0.2, protocol="auto")):
         await (await silent.accept()).read(CONNECT)
         assert (await (await good.accept()).read(CONNECT)).body[6] == 5
 
@@ -111,7 +100,7 @@ async def test_a_silent_node_is_not_asked_again_in_an_older_protocol(
 async def test_a_node_of_3_1_1_is_asked_in_it(brokers: tuple[ScriptedBroker, ScriptedBroker]) -> None:
     first, second = brokers
     bus = bus_of(first.url, second.url, protocol="auto")
-    async with run(bus):
+    async with under_way(bus):
         there = await first.accept()
         assert (await there.read(CONNECT)).body[6] == 5
         await there.send(connack(1, protocol="3.1.1"))
@@ -125,7 +114,7 @@ async def test_a_node_of_3_1_1_is_asked_in_it(brokers: tuple[ScriptedBroker, Scr
 async def test_when_a_node_dies_the_next_one_is_asked(brokers: tuple[ScriptedBroker, ScriptedBroker]) -> None:
     first, second = brokers
     bus = bus_of(first.url, second.url)
-    async with run(bus):
+    async with under_way(bus):
         (await accepted(first)).close()
         (await accepted(second)).close()
         await accepted(first)
@@ -136,7 +125,7 @@ async def test_a_node_that_does_not_answer_subscribe_is_left(
     brokers: tuple[ScriptedBroker, ScriptedBroker],
 ) -> None:
     first, second = brokers
-    async with run(bus_of(first.url, second.url, filters=["a"], connect_timeout_s=0.2)):
+    async with under_way(bus_of(first.url, second.url, filters=["a"], connect_timeout_s=0.2)):
         await (await accepted(first)).read(SUBSCRIBE)
         await (await accepted(second)).read(SUBSCRIBE)
 
@@ -147,7 +136,7 @@ async def test_a_node_that_hangs_while_a_publish_waits_is_left(
     """Its kernel keeps the connection: without this it would take the keepalive's minute and a half."""
     first, second = brokers
     bus = bus_of(first.url, second.url, silence_s=0.5)
-    async with run(bus):
+    async with under_way(bus):
         there = await accepted(first)
         publishing = asyncio.create_task(bus.publish("a", b"1", timeout_s=3600))
         answered = message_id_of(await there.read(PUBLISH))
@@ -165,7 +154,7 @@ async def test_a_node_that_answers_pings_is_kept(brokers: tuple[ScriptedBroker, 
     """Its cluster may have no leader for a while: then publishes wait."""
     first, second = brokers
     bus = bus_of(first.url, second.url, silence_s=1.0)
-    async with run(bus):
+    async with under_way(bus):
         there = await accepted(first)
         for _ in range(3):
             await there.read(PINGREQ)
@@ -179,7 +168,7 @@ async def test_when_all_are_dead_each_is_named_and_there_is_a_pause(
     dead = [f"mqtt://127.0.0.1:{free_port()}" for _ in range(2)]
     bus = bus_of(*dead, reconnect_min_s=3600, reconnect_max_s=3600)
     with capture_logs() as logs:
-        async with run(bus):
+        async with under_way(bus):
             await eventually(
                 lambda: any(each["event"] == "bus.reconnecting" and each["in_s"] >= 3600 for each in logs)
             )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -14,7 +12,7 @@ from caesura.bus.diagnosis import SESSION_TAKEN_OVER
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusUnavailable
-from caesura_testing.collector import Collector, eventually
+from caesura_testing.collector import eventually
 from caesura_testing.patience import patient
 from caesura_testing.scripted import (
     CONNECT,
@@ -27,24 +25,8 @@ from caesura_testing.scripted import (
     message_id_of,
     packet,
     puback,
+    under_way,
 )
-
-
-@pytest.fixture
-async def broker() -> AsyncIterator[ScriptedBroker]:
-    async with ScriptedBroker() as broker:
-        yield broker
-
-
-@asynccontextmanager
-async def run(bus: MqttBus) -> AsyncIterator[None]:
-    """Run without waiting for a connection: the test plays the broker."""
-    task = asyncio.create_task(bus.run(Collector().receive))
-    try:
-        yield
-    finally:
-        await bus.close()
-        await task
 
 
 def quick(broker: ScriptedBroker, **more: Any) -> BrokerOptions:
@@ -59,7 +41,7 @@ async def version(there: ScriptedConnection) -> int:
 
 async def test_auto_falls_back_when_version_5_is_hung_up_on_and_remembers(broker: ScriptedBroker) -> None:
     bus = MqttBus(quick(broker))
-    async with run(bus):
+    async with under_way(bus):
         first = await broker.accept()
         assert await version(first) == 5
         first.close()
@@ -76,7 +58,7 @@ async def test_a_broker_that_spoke_5_is_not_tried_with_3_1_1_when_it_goes_down(
     broker: ScriptedBroker,
 ) -> None:
     bus = MqttBus(quick(broker))
-    async with run(bus):
+    async with under_way(bus):
         there = await broker.accept()
         assert await version(there) == 5
         await there.send(connack(protocol="5"))
@@ -89,7 +71,7 @@ async def test_a_broker_that_spoke_5_is_not_tried_with_3_1_1_when_it_goes_down(
 
 
 async def test_a_protocol_that_was_set_is_never_changed(broker: ScriptedBroker) -> None:
-    async with run(MqttBus(quick(broker, protocol="5"))):
+    async with under_way(MqttBus(quick(broker, protocol="5"))):
         for _ in range(3):
             there = await broker.accept()
             assert await version(there) == 5
@@ -99,7 +81,7 @@ async def test_a_protocol_that_was_set_is_never_changed(broker: ScriptedBroker) 
 async def test_a_takeover_is_named_and_the_other_left_alone_for_a_while(broker: ScriptedBroker) -> None:
     bus = MqttBus(quick(broker, reconnect_max_s=600))
     with capture_logs() as logs:
-        async with run(bus):
+        async with under_way(bus):
             there = await broker.accept()
             await there.read(CONNECT)
             await there.send(connack(protocol="5"), packet(DISCONNECT, bytes([SESSION_TAKEN_OVER])))
@@ -112,7 +94,7 @@ async def test_a_takeover_is_named_and_the_other_left_alone_for_a_while(broker: 
 async def test_refused_subscriptions_are_loud_and_not_retried_at_once(broker: ScriptedBroker) -> None:
     bus = MqttBus(quick(broker, reconnect_max_s=600), filters=["a/#", "b"])
     with capture_logs() as logs:
-        async with run(bus):
+        async with under_way(bus):
             there = await broker.accept()
             await there.read(CONNECT)
             await there.send(connack(protocol="5"))
@@ -130,7 +112,7 @@ async def test_refused_subscriptions_are_loud_and_not_retried_at_once(broker: Sc
 
 async def test_it_is_connected_only_once_subscribed(broker: ScriptedBroker) -> None:
     bus = MqttBus(quick(broker), filters=["a"])
-    async with run(bus):
+    async with under_way(bus):
         there = await broker.accept()
         await there.read(CONNECT)
         await there.send(connack(protocol="5"))
@@ -146,7 +128,7 @@ async def test_a_publish_that_waits_for_its_turn_fails_with_the_connection_too(
     broker: ScriptedBroker,
 ) -> None:
     bus = MqttBus(quick(broker, max_in_flight=1, reconnect_min_s=5, reconnect_max_s=5))
-    async with run(bus):
+    async with under_way(bus):
         there = await broker.accept()
         await there.read(CONNECT)
         await there.send(connack(protocol="5"))
@@ -160,7 +142,7 @@ async def test_a_publish_that_waits_for_its_turn_fails_with_the_connection_too(
 
 async def test_closing_while_a_publish_waits_for_a_connection_ends_it(broker: ScriptedBroker) -> None:
     bus = MqttBus(quick(broker))
-    async with run(bus):
+    async with under_way(bus):
         publishing = asyncio.create_task(bus.publish("a", b"", timeout_s=60))
         await broker.accept()
         assert not publishing.done()
@@ -171,7 +153,7 @@ async def test_closing_while_a_publish_waits_for_a_connection_ends_it(broker: Sc
 
 async def test_counters(broker: ScriptedBroker) -> None:
     bus = MqttBus(quick(broker))
-    async with run(bus):
+    async with under_way(bus):
         there = await broker.accept()
         await there.read(CONNECT)
         await there.send(connack(protocol="5"))

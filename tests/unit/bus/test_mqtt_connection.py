@@ -48,12 +48,6 @@ PROTOCOLS: tuple[Protocol, ...] = ("5", "3.1.1")
 both_versions = pytest.mark.parametrize("protocol", PROTOCOLS)
 
 
-@pytest.fixture
-async def broker() -> AsyncIterator[ScriptedBroker]:
-    async with ScriptedBroker() as broker:
-        yield broker
-
-
 def link_to(
     broker: ScriptedBroker,
     protocol: Protocol = "5",

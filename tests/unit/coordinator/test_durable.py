@@ -347,6 +347,32 @@ async def test_what_was_loaded_at_the_start_is_on_disk_before_it_is_published(
         assert calls
 
 
+async def test_loading_the_outbox_ends_when_what_was_read_is_on_disk(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By turns of the loop: what is published too early may come later than any look at what was published."""
+    async with world.coordinator() as made:
+        await eventually(lambda: made.is_leader and made.commits.settled)
+        world.disk.hold()
+        made.repository.store_response("ops", m.RequestAnswered(request="late", accepted=False, reason="r"))
+        read, load = asyncio.Event(), SqliteOutbox.load
+
+        async def announced(outbox: Any) -> Any:
+            found = await load(outbox)
+            read.set()
+            return found
+
+        monkeypatch.setattr(SqliteOutbox, "load", announced)
+        loading = asyncio.create_task(made.outbox.load())
+        async with asyncio.timeout(PATIENCE_S):
+            await read.wait()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not loading.done()
+        world.disk.release()
+        assert any(b"late" in each.payload for each in await loading)
+
+
 def test_of_a_retained_topic_only_the_newest_is_given_to_the_publisher(tmp_path: Path) -> None:
     """It may have loaded the newest already: an older one behind it would replace it, and have its row removed."""
     store = CoordinatorStore(str(tmp_path / "c.sqlite"))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import msgspec
 from hypothesis import settings
@@ -49,6 +49,16 @@ _ANSWER = m.RequestAnswered(request="q", accepted=True)
 _ENDS = {"completed", "failed", "cancelled"}
 
 
+class Words(NamedTuple):
+    """What a host's messages are made of: as long as it is the same, so are they."""
+
+    shown: bool
+    online: bool
+    epoch: int
+    running: str
+    frozen: frozenset[str]
+
+
 class ModelHost:
     """A host that obeys by the rules of the contract."""
 
@@ -63,6 +73,9 @@ class ModelHost:
         self.running = ""
         self.command: m.StartOperation | None = None
         self.reports: dict[str, m.OperationReported] = {}
+
+    def words(self) -> Words:
+        return Words(self.shown, self.online, self.epoch, self.running, self.frozen)
 
     def inventory(self) -> m.HostInventory:
         records = tuple(
@@ -205,7 +218,7 @@ class Fleetwide(RuleBasedStateMachine):
         self.proven: set[str] = set()
         """Operations of which a digest or a canary was shown."""
         self.late: list[m.StartOperation | m.AbortOperation] = []
-        self.folded: list[m.HostInventory | m.HostPresence | m.AgentPresence] = []
+        self.folded: list[Words] = []
         self.lookup = FleetLookup(FleetState())
         self.asked = 0
         self.disk = Disk(self)
@@ -219,17 +232,16 @@ class Fleetwide(RuleBasedStateMachine):
     @property
     def fleet(self) -> FleetLookup:
         """What is on the bus; folded again only when that is something else than last time."""
-        messages: list[m.HostInventory | m.HostPresence | m.AgentPresence] = []
-        for host in self.hosts.values():
-            if host.shown:
-                messages.append(host.inventory())
-                messages.append(m.HostPresence(host=host.name, online=host.online, instance="i"))
-            messages += [m.AgentPresence(vm=vm, online=True, boot_id="b") for vm in host.vms]
-        if messages != self.folded:
+        words = [each.words() for each in self.hosts.values()]
+        if words != self.folded:
             state = FleetState()
-            for message in messages:
-                apply(state, message, 0.0)
-            self.folded, self.lookup = messages, FleetLookup(state)
+            for host in self.hosts.values():
+                if host.shown:
+                    apply(state, host.inventory(), 0.0)
+                    apply(state, m.HostPresence(host=host.name, online=host.online, instance="i"), 0.0)
+                for vm in host.vms:
+                    apply(state, m.AgentPresence(vm=vm, online=True, boot_id="b"), 0.0)
+            self.folded, self.lookup = words, FleetLookup(state)
         return self.lookup
 
     @property

@@ -20,7 +20,7 @@ from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.notify import Notifier
 from caesura_vmcontrol.procfs import Process
 from caesura_vmcontrol.qemu_plans import QemuPlan, Vmm
-from caesura_vmcontrol.resume_plans import ResumePlan
+from caesura_vmcontrol.resume_plans import CgroupPlan, ResumePlan
 from caesura_vmcontrol.watchdog import Watchdog
 
 
@@ -68,6 +68,37 @@ def test_before_it_ends_it_looks_again_however_short_ago_the_last_look_was(tmp_p
         for number, handler in before.items():
             signal.signal(number, handler)
     assert vms["a"] == "running"
+
+
+class CountedSteps(Watchdog):
+    """It counts how often it looks."""
+
+    steps = 0
+
+    def step(self) -> float | None:
+        self.steps += 1
+        return super().step()
+
+
+def test_one_that_ends_when_alone_does_not_spin_while_its_owner_may_still_pause_a_vm(tmp_path: Path) -> None:
+    """It is alone and has work: a request of the updater that died may take effect late."""
+    watch = CountedSteps(
+        NoStore(),
+        lambda *_, **__: None,
+        clock=lambda: 10 * time.monotonic(),  # that time is over sooner
+        look=lambda *_: "running",
+        release=lambda *_: None,
+    )
+    plan = CgroupPlan("a", "cgroup2", "/sys/fs/cgroup/caesura-made-up/a/cgroup.freeze")
+    watch.adopt(Intent("op", "boot", 0.0, 0.1, (plan,)))
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        GuardServer(str(tmp_path), watch, lambda *_, **__: None, exit_when_alone_s=0.0).run()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert watch.at_rest
+    assert watch.steps < 100, "some looks; a loop that does not wait takes thousands"
 
 
 class NoDescriptors:

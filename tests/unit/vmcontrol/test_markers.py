@@ -158,17 +158,17 @@ def intent() -> Intent:
     return Intent("op", "boot", 12.0, 20.0, PLANS[:2], fired)
 
 
-def test_every_cut_and_every_flipped_bit_of_an_intent_is_noticed(tmp_path: Path) -> None:
-    store = IntentFile(str(tmp_path))
+def test_every_cut_and_every_flipped_bit_of_an_intent_is_noticed(ram_path: Path) -> None:
+    store = IntentFile(str(ram_path))
     store.store(intent())
     assert store.load() == intent()
-    path = tmp_path / "guard-intent.json"
+    path = ram_path / "guard-intent.json"
     raw = path.read_bytes()
     for each in damaged(raw)[:: 1 + len(raw) // 400]:
         path.write_bytes(each)
         with pytest.raises(UnreadableIntent):
             store.load()
-        assert (tmp_path / "guard-intent.json.unreadable").read_bytes() == each
+        assert (ram_path / "guard-intent.json.unreadable").read_bytes() == each
     for length in range(len(raw)):
         path.write_bytes(raw[:length])
         with pytest.raises(UnreadableIntent):

@@ -10,6 +10,7 @@ import msgspec
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.contract.parts import WholeRollout
+from caesura.fleet.coordinators import silence_s
 from caesura.fleet.fold import apply
 from caesura.fleet.retained_messages import Cleared
 from caesura.fleet.state import FleetState
@@ -45,6 +46,8 @@ class FleetView:
         self.ready: dict[str, m.VmReady] = {}
         self.operations: dict[str, str] = {}
         """Maps an operation id to its rollout id, from the hosts' reports."""
+        self._coordinators_sent: dict[str, datetime] = {}
+        """Maps a coordinator to when it sent its last status, by its clock."""
         self._from_start: dict[tuple[str, int], bool] = {}
         """Maps a rollout id and wave to whether the wave had not started when it was first received."""
 
@@ -81,6 +84,15 @@ class FleetView:
     def is_online(self, host: str) -> bool:
         """Whether the host's updater says that it is on the bus; unknown counts as no."""
         return self.state.is_online(host)
+
+    def silence_s(self, coordinator: str) -> float:
+        """Seconds for which a coordinator has announced nothing while another did; 0: it may be there."""
+        return silence_s(self._coordinators_sent, coordinator)
+
+    def note_sent(self, message: Message, at: datetime) -> None:
+        """Take when a message was sent, by the sender's clock."""
+        if isinstance(message, m.CoordinatorStatus):
+            self._coordinators_sent[message.coordinator] = at
 
     def fold(self, message: Message | Cleared, now_s: float = 0.0) -> None:
         """Take one message, or the clearing of a topic.

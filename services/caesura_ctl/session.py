@@ -136,9 +136,10 @@ class Session:
         """Ask for the state of the fleet, where the broker does not give it."""
         self.resync.connected()
 
-    async def _received(self, message: Message, _: Received) -> None:
+    async def _received(self, message: Message, received: Received) -> None:
         self._last = asyncio.get_running_loop().time()
         self.fleet_view.fold(message, self._last)
+        self.fleet_view.note_sent(message, received.header.time)
         if isinstance(message, m.RequestAnswered):
             waiting = self._answers.get(message.request)
             if waiting is not None and not waiting.done():

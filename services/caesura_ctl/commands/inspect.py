@@ -47,9 +47,15 @@ def status(broker: str | None, *, as_json: bool) -> None:
             print_json(
                 {
                     "coordinator": fleet_view.coordinator,
-                    "coordinators": sorted(
-                        fleet_view.coordinators.values(), key=lambda each: each.coordinator
-                    ),
+                    "coordinators": [
+                        {
+                            **msgspec.to_builtins(each),
+                            "silent_s": round(fleet_view.silence_s(each.coordinator), 1),
+                        }
+                        for each in sorted(
+                            fleet_view.coordinators.values(), key=lambda each: each.coordinator
+                        )
+                    ],
                     "hosts": [
                         {"online": fleet_view.is_online(name), "inventory": each}
                         for name, each in sorted(fleet_view.hosts.items())
@@ -70,7 +76,8 @@ def status(broker: str | None, *, as_json: bool) -> None:
         for each in sorted(
             fleet_view.coordinators.values(), key=lambda each: (not each.leads, each.coordinator)
         ):
-            context.console.print(Text(f"  {each.coordinator}: {_role(each, boss.epoch if boss else 0)}"))
+            role = _role(each, boss.epoch if boss else 0, fleet_view.silence_s(each.coordinator))
+            context.console.print(Text(f"  {each.coordinator}: {role}"))
         silent = sorted(
             vm
             for vm, (_, record) in fleet_view.vm_places().items()
@@ -92,10 +99,17 @@ def status(broker: str | None, *, as_json: bool) -> None:
     run(body, broker, as_json=as_json)
 
 
-def _role(coordinator: m.CoordinatorStatus, epoch: int) -> str:
-    """What one of several coordinators does, in words; ``epoch``: of the one that leads."""
+def _role(coordinator: m.CoordinatorStatus, epoch: int, silence_s: float = 0.0) -> str:
+    """What one of several coordinators does, in words.
+
+    Args:
+        epoch: of the one that leads.
+        silence_s: how long it has announced nothing while another did; 0: it may be there.
+    """
     if coordinator.leads and coordinator.epoch < epoch:  # it was killed: nobody takes back what it said last
         return f"led with epoch {coordinator.epoch}, it has sent nothing since"
+    if coordinator.online and silence_s:
+        return f"{'led' if coordinator.leads else 'stood by'}, it has sent nothing for {silence_s:.0f} s"
     role = "leads" if coordinator.leads else "stands by" if coordinator.online else "OFFLINE"
     if not coordinator.waits_for:
         return role

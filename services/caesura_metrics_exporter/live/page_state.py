@@ -13,6 +13,7 @@ from caesura.contract.codec import Received
 from caesura.contract.envelope import Message
 from caesura.contract.parts import WholeRollout
 from caesura.contract.topics import match_topic
+from caesura.fleet.coordinators import announced_coordinators
 from caesura.fleet.fold import Changes
 from caesura_metrics_exporter.live.activity import LogEntry, log_entry
 from caesura_metrics_exporter.live.alarms import ALARMS_SENT
@@ -50,6 +51,9 @@ class LivePageState:
         """The known ones."""
         self._offline_since: dict[str, float] = {}
         self._led = False
+        self._mono = 0.0
+        """The exporter's monotonic clock at the last message or tick, s."""
+        self._standby_before = ""
         """Whether a coordinator was on the bus, as last shown."""
         self._broker = "not connected yet"
         self._broker_since = 0.0
@@ -121,6 +125,7 @@ class LivePageState:
 
     def tick(self, now: float, mono: float) -> None:
         """Advance the time. If the wall clock jumped, recorded times move with it, so that durations do not change."""
+        self._mono = mono
         by = self._board.tick(now, mono)
         if by:
             self._broker_since += by
@@ -129,6 +134,9 @@ class LivePageState:
     def expire(self, now: float, mono: float) -> None:
         """Drop what is older than ``KEPT_S``; call it from time to time."""
         self.tick(now, mono)
+        if (standby := self._standby()) != self._standby_before:  # one may have fallen silent
+            self._standby_before = standby
+            self._board.touch_head()
         self._pauses.expire()
         self._board.expire()
 
@@ -189,12 +197,14 @@ class LivePageState:
         )
 
     def _standby(self) -> str:
-        others = self._state.words.named(m.CoordinatorStatus).values()
+        if not self._state.words.named(m.CoordinatorStatus):
+            return ""
+        others = announced_coordinators(self._state, self._mono).values()
         waiting = [each.waits_for for each in others if each.online and each.leads and each.waits_for]
         if waiting:
             return f"rollouts wait for {waiting[0]}"
         ready = sorted(each.coordinator for each in others if each.online and not each.leads)
-        return f"{', '.join(ready)} standing by" if ready else "no other stands by" if others else ""
+        return f"{', '.join(ready)} standing by" if ready else "no other stands by"
 
     def _shown(self) -> list[WholeRollout]:
         newest = sorted(self._rollouts.known.values(), key=lambda each: each.created_at, reverse=True)

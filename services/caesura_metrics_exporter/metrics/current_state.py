@@ -15,6 +15,7 @@ import msgspec
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.contract.topics import match_topic
+from caesura.fleet.coordinators import announced_coordinators
 from caesura.fleet.fold import Changes
 from caesura_metrics_exporter.metrics.agents import Agents
 from caesura_metrics_exporter.metrics.census import Census, Counted, shown_state
@@ -76,10 +77,14 @@ class FleetMetricsView:
         """Complete rollouts, by set."""
         return self._folded.rollouts
 
+    def coordinators(self, now_s: float) -> Mapping[str, m.CoordinatorStatus]:
+        """Maps a coordinator to its status, of those that share a store and are announced at ``now_s``."""
+        return announced_coordinators(self._state, now_s)
+
     @property
-    def coordinators(self) -> Mapping[str, m.CoordinatorStatus]:
-        """Maps a coordinator to its status, of those that share a store."""
-        return self._state.words.named(m.CoordinatorStatus)
+    def shares_store(self) -> bool:
+        """Whether the coordinators share a store, or did."""
+        return bool(self._state.words.named(m.CoordinatorStatus))
 
     @property
     def coordinator(self) -> m.CoordinatorPresence | None:

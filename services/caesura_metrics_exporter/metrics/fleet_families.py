@@ -222,18 +222,19 @@ def _others(fleet: FleetMetricsView, now_s: float) -> Iterator[Family]:
         "1 while the coordinator is on the bus, else 0.",
         float(coordinator is not None and coordinator.online),
     )
-    if fleet.coordinators:
+    if fleet.shares_store:
+        coordinators = fleet.coordinators(now_s).values()
         yield number(
             "caesura_coordinators_standby",
             "Coordinators on the bus that share the leader's store and would take over from it.",
-            sum(each.online and not each.leads for each in fleet.coordinators.values()),
+            sum(each.online and not each.leads for each in coordinators),
         )
         yield number(
             "caesura_coordinators_waiting",
             "Coordinators that wait for something else than their turn, such as their store: no rollout moves if the leader is one.",
             sum(
                 each.online and bool(each.waits_for) and each.waits_for != "another coordinator leads"
-                for each in fleet.coordinators.values()
+                for each in coordinators
             ),
         )
     if fleet.coordinator_received_s is not None:

@@ -73,6 +73,7 @@ def apply(state: FleetState, message: Message | Cleared, now_s: float) -> tuple[
     taken = state.words.put(message, now_s, state.leader_epoch)
     if isinstance(message, m.CoordinatorPresence):
         _lead(state, message, refused=taken == "refused")
+        _take_back_status(state, message, now_s)
     if taken != "new":
         return state, NOTHING
     match message:
@@ -151,6 +152,15 @@ def _lead(state: FleetState, presence: m.CoordinatorPresence, *, refused: bool) 
     elif known is not None and not presence.online and presence.epoch == 0:
         # If it were the will of another coordinator, the leader would announce itself again at once.
         state.coordinator = msgspec.structs.replace(known, online=False)
+
+
+def _take_back_status(state: FleetState, presence: m.CoordinatorPresence, now_s: float) -> None:
+    """A will has the name of the coordinator's settings, as its status: one that is killed has no other will."""
+    known = state.words.get(m.CoordinatorStatus, presence.coordinator)
+    if known is not None and known.online and not presence.online and presence.epoch == 0:
+        state.words.put(
+            msgspec.structs.replace(known, online=False, leads=False, waits_for=""), now_s, state.leader_epoch
+        )
 
 
 def _head(inventory: m.HostInventory | None) -> m.HostInventory | None:

@@ -114,6 +114,11 @@ class RetainedMessages:
         word = self._words.get(kind, {}).get(key)
         return word.message if word is not None else None  # type: ignore[return-value]
 
+    def received_s(self, kind: type[Message], *key: str) -> float | None:
+        """When the last message on this topic arrived, seconds on the receiver's monotonic clock; None if there is none."""
+        word = self._words.get(kind, {}).get(key)
+        return word.at_s if word is not None and word.message is not None else None
+
     def of(self, kind: type[M]) -> Iterator[M]:
         """Every message of a type that is on its topic."""
         for word in self._words.get(kind, {}).values():

@@ -183,6 +183,17 @@ async def test_status_shows_who_leads_and_who_stands_by(duo: Callable[..., Any])
     assert "two: stands by: another coordinator leads" in text
 
 
+async def test_a_standby_that_is_killed_is_not_counted_until_it_is_back(duo: Callable[..., Any]) -> None:
+    """It says goodbye to nobody: its last will takes back what it said."""
+    pair = await duo()
+    await pair.up()
+    await pair.sandbox.kill("two")
+    await pair.sandbox.until(lambda: not pair.status("two").online, 30, "it is seen as gone")
+    assert pair.leads("one")
+    await pair.sandbox.start("two")
+    await pair.until_stands_by("two")
+
+
 async def test_a_store_that_must_not_be_used_ends_the_service_by_name(duo: Callable[..., Any]) -> None:
     pair = await duo()
     await pair.up()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import msgspec
 import pytest
@@ -18,6 +18,7 @@ from caesura_ctl import errors, options
 from caesura_ctl.commands.inspect import _print_message, _role
 from caesura_ctl.console import VisibleConsole, visible, visible_json
 from caesura_ctl.errors import fail
+from caesura_ctl.fleet_view import FleetView
 from caesura_ctl.options import Context, print_json
 from caesura_ctl.settings import CtlSettings
 
@@ -94,3 +95,28 @@ def test_a_leader_that_was_killed_is_not_shown_as_one() -> None:
         coordinator="two", online=True, leads=False, epoch=3, waits_for="another coordinator leads"
     )
     assert _role(stands_by, 5) == "stands by: another coordinator leads"
+
+
+def test_a_standby_that_was_killed_is_not_shown_as_one() -> None:
+    """Its last word stays on the bus, too. The reader's own clock does not matter."""
+    view = FleetView()
+    began = datetime(2026, 4, 20, 12, 0, tzinfo=UTC)
+
+    def at(seconds: float) -> datetime:
+        return began + timedelta(seconds=seconds)
+
+    one = m.CoordinatorStatus(coordinator="one", online=True, leads=True, epoch=4)
+    two = m.CoordinatorStatus(
+        coordinator="two", online=True, leads=False, waits_for="another coordinator leads"
+    )
+    view.note_sent(two, at(0))
+    view.note_sent(one, at(60))
+    assert (view.silence_s("one"), view.silence_s("two")) == (0, 0)
+    assert _role(two, 4, view.silence_s("two")) == "stands by: another coordinator leads"
+    view.note_sent(one, at(80))
+    assert _role(one, 4, view.silence_s("one")) == "leads"
+    assert _role(two, 4, view.silence_s("two")) == "stood by, it has sent nothing for 80 s"
+    gone = msgspec.structs.replace(two, online=False, waits_for="")
+    view.note_sent(gone, at(0))
+    assert _role(gone, 4, view.silence_s("two")) == "OFFLINE", "it has said so itself"
+    assert view.silence_s("three") == 0

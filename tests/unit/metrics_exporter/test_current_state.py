@@ -337,5 +337,30 @@ def test_coordinators_that_share_a_store_are_counted() -> None:
     assert samples(fleet, "caesura_coordinators_waiting") == {(): 0}
     fleet.take(msgspec.structs.replace(one, waits_for="the store"), 1.0, fresh=True)
     assert samples(fleet, "caesura_coordinators_waiting") == {(): 1}
+    # Killed: its last will has the name of its settings, and no epoch.
+    killed = m.CoordinatorPresence(coordinator="two", epoch=0, online=False)
+    fleet.take(killed, 2.0, fresh=True)
+    assert samples(fleet, "caesura_coordinators_standby") == {(): 0}
+    fleet.take(two, 3.0, fresh=True)
+    assert samples(fleet, "caesura_coordinators_standby") == {(): 1}, "it is back"
     known = {each.name for each in fleet_families(fold(), 0.0)}
     assert "caesura_coordinators_standby" not in known, "one with a store of its own says nothing of others"
+
+
+def test_a_coordinator_that_is_not_announced_any_more_does_not_count() -> None:
+    """Its status stays on the bus: it was killed before the exporter came, or together with the broker."""
+    one = m.CoordinatorStatus(coordinator="one", online=True, leads=True, epoch=2)
+    two = m.CoordinatorStatus(coordinator="two", online=True, leads=False, waits_for="the store, which hangs")
+    fleet = fold(one, two)
+
+    def counted(now_s: float) -> tuple[float, float]:
+        standby, waiting = (
+            samples(fleet, f"caesura_coordinators_{name}", now_s) for name in ("standby", "waiting")
+        )
+        return standby[()], waiting[()]
+
+    assert counted(60.0) == (1, 1)
+    fleet.take(one, 60.0, fresh=True)
+    assert counted(80.0) == (0, 0)
+    fleet.take(two, 81.0, fresh=True)
+    assert counted(90.0) == (1, 1)

@@ -516,6 +516,15 @@ class TestState:
         story.hear(m.CoordinatorStatus(coordinator="one", online=False, leads=False), 3)
         story.hear(m.CoordinatorStatus(coordinator="two", online=True, leads=True, epoch=3), 3)
         assert standby() == "no other stands by"
+        story.hear(m.CoordinatorStatus(coordinator="one", online=True, leads=False, waits_for="its turn"), 4)
+        assert standby() == "one standing by"
+        story.hear(m.CoordinatorStatus(coordinator="two", online=True, leads=True, epoch=3), 60)
+        story.live.expire(*story.clocks(70))
+        revision = story.live.revision
+        assert standby() == "one standing by"
+        story.live.expire(*story.clocks(80))
+        assert story.live.revision > revision, "readers of the page are told"
+        assert standby() == "no other stands by", "it is not announced any more"
 
 
 FD = m.Policy(domain_key="fault_domain")

@@ -290,7 +290,9 @@ def test_a_kernel_is_loaded_and_written_down(host: _Host) -> None:
     host.put("boot/initrd.img-6.1.0-1-amd64", f"etc/caesura/hook-version-{HOOK_VERSION}\n")
     loaded = load_kernel("6.1.0-1-amd64", more=("quiet",), root=host.root, run=host.run)
     assert loaded == msgspec.json.decode(host.text("run/caesura/kexec-loaded.json"), type=LoadedKernel)
-    assert loaded.command_line == "root=/dev/vda ro quiet memmap=4G!8G panic=5 watchdog.stop_on_reboot=0 quiet"
+    assert (
+        loaded.command_line == "root=/dev/vda ro quiet memmap=4G!8G panic=5 watchdog.stop_on_reboot=0 quiet"
+    )
     assert (loaded.boot_id, loaded.hook_version) == ("boot-1", HOOK_VERSION)
 
 

@@ -43,7 +43,9 @@ def test_one_that_refuses_the_time_is_not_left_armed(tmp_path: Path) -> None:
     """A file is no watchdog: the kernel itself refuses."""
     device = tmp_path / "watchdog"
     device.touch()
-    assert str(device) in HardwareWatchdog(str(device), str(tmp_path / "nowayout"), str(tmp_path / "stop")).arm(60)
+    assert str(device) in HardwareWatchdog(
+        str(device), str(tmp_path / "nowayout"), str(tmp_path / "stop")
+    ).arm(60)
     assert device.read_bytes() == b"V"
 
 
@@ -73,7 +75,10 @@ def test_a_host_without_one(tmp_path: Path) -> None:
 def test_what_the_former_kernel_armed_is_disarmed(tmp_path: Path) -> None:
     device = tmp_path / "watchdog"
     device.touch()
-    assert HardwareWatchdog(str(device), str(tmp_path / "nowayout"), str(tmp_path / "stop")).disarm_former() == ""
+    assert (
+        HardwareWatchdog(str(device), str(tmp_path / "nowayout"), str(tmp_path / "stop")).disarm_former()
+        == ""
+    )
     assert device.read_bytes() == b"V"
 
 

@@ -212,7 +212,7 @@ def _few_modules(tree: Path) -> None:
         for folder in (kernel / "kernel/drivers").iterdir():
             if folder.name == "watchdog":
                 for module in folder.iterdir():
-                    if module.name.split(".")[0] not in _MODULES:
+                    if module.name.split(".")[0] not in (*_MODULES, "watchdog"):
                         module.unlink()
             elif folder.name not in _DRIVERS:
                 shutil.rmtree(folder)

@@ -13,6 +13,7 @@ from contextlib import suppress
 _DEVICE = "/dev/watchdog"
 _SETTIMEOUT = 0xC0045706  # WDIOC_SETTIMEOUT of include/uapi/linux/watchdog.h
 _NO_WAY_OUT = "/sys/class/watchdog/watchdog0/nowayout"
+_STOP_ON_REBOOT = "/sys/module/watchdog/parameters/stop_on_reboot"
 _GOODBYE = b"V"  # an orderly end (Documentation/watchdog/watchdog-api.rst, "magic close")
 
 
@@ -22,15 +23,22 @@ class HardwareWatchdog:
     Args:
         device: another one in tests only.
         no_way_out: the file that says whether it can never be disarmed; another one in tests only.
+        stop_on_reboot: the file that says whether the kernel stops it when it is left; another one in tests only.
     """
 
-    def __init__(self, device: str = _DEVICE, no_way_out: str = _NO_WAY_OUT) -> None:
+    def __init__(
+        self,
+        device: str = _DEVICE,
+        no_way_out: str = _NO_WAY_OUT,
+        stop_on_reboot: str = _STOP_ON_REBOOT,
+    ) -> None:
         self._device = device
         self._no_way_out = no_way_out
+        self._stop_on_reboot = stop_on_reboot
         self._handle: int | None = None
 
     def arm(self, seconds: int) -> str:
-        """Have it reset the host after that; why not, if not.
+        """Have it reset the host after that; why it will not, or may not.
 
         One that cannot be disarmed is not armed: it would reset a host that was not left after all, and one that has arrived.
         """
@@ -42,14 +50,15 @@ class HardwareWatchdog:
         except OSError as error:
             self.disarm()
             return f"{self._device}: {error.strerror or error}"
+        if _text(self._stop_on_reboot) not in ("", "0"):
+            return (
+                f"{self._device} is armed, and its driver may stop it when this kernel is left: watchdog.stop_on_reboot=0 is not on"
+                " its command line (caesura host prepare-kexec --check)"
+            )
         return ""
 
     def _cannot_be_disarmed(self) -> bool:
-        try:
-            with open(self._no_way_out, encoding="ascii") as file:
-                return file.read().strip() == "1"
-        except OSError:
-            return False  # a kernel without that file
+        return _text(self._no_way_out) == "1"
 
     def disarm(self) -> None:
         """The host does not hang."""
@@ -72,4 +81,13 @@ class HardwareWatchdog:
         finally:
             os.close(self._handle)
             self._handle = None
+        return ""
+
+
+def _text(path: str) -> str:
+    """Of a small file; empty: this kernel has none."""
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
         return ""

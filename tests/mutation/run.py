@@ -17,14 +17,16 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -124,6 +126,7 @@ class Scratch:
             "PYTHONDONTWRITEBYTECODE", None
         )  # to compile everything takes longer than most tests
         self._stamp = 1_000_000_000
+        self._process: subprocess.Popen[str] | None = None
 
     def packages_are_the_copies(self) -> None:
         """Raises RuntimeError if tests would import the working tree's packages."""
@@ -155,7 +158,7 @@ class Scratch:
             "no:cacheprovider",
         ]
         argv += ["--hypothesis-profile", "first-failure"]
-        process = subprocess.Popen(
+        self._process = process = subprocess.Popen(
             [*argv, *tests],
             cwd=self.root,
             env=self._environ,
@@ -167,12 +170,19 @@ class Scratch:
         try:
             told, _ = process.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.communicate()
             return -1, f"not at an end after {limit_s:g} s"
+        finally:
+            self.end()
+            process.communicate()
         lines = [line for line in told.splitlines() if line.strip()]
         failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
         return process.returncode, (failed or lines[-3:] or ["no output"])[0]
+
+    def end(self) -> None:
+        """End the tests that are under way, with all that they started in their session."""
+        if self._process is not None and self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def _write(self, path: Path, text: str) -> None:
         """With a time that the file never had: bytecode is taken for fresh by size and whole seconds."""
@@ -192,6 +202,18 @@ class Scratch:
             self._write(path, before)
         outcome: Outcome = "survived" if code == 0 else "killed" if code == 1 else "broken"
         return Result(mutation, outcome, time.monotonic() - began, said)
+
+
+@contextmanager
+def _ended_with(pool: ThreadPoolExecutor, copies: Iterable[Scratch]) -> Iterator[None]:
+    """An interrupt ends what is under way and starts nothing more; else the pool would run all that was submitted."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for each in copies:
+            each.end()
+        raise
 
 
 def run(mutations: Sequence[Mutation], jobs: int, limit_s: float) -> list[Result]:
@@ -220,7 +242,7 @@ def run(mutations: Sequence[Mutation], jobs: int, limit_s: float) -> list[Result
                     free.append(copy)
 
         results = []
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(jobs) as pool, _ended_with(pool, copies):
             for done in as_completed([pool.submit(work, each) for each in mutations]):
                 result = done.result()
                 results.append(result)
@@ -276,6 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("these mutations cannot be planted:\n" + "\n".join(why_not), file=sys.stderr)
         return 2
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         results = run(mutations, max(1, min(arguments.jobs, len(mutations))), arguments.limit)
     except RuntimeError as error:

@@ -19,6 +19,8 @@ FSTAB = "/etc/fstab"
 SETTINGS = "/etc/caesura/initramfs.conf"
 HOOKS = "/etc/initramfs-tools/"
 """Of the hook and its script."""
+WATCHDOG_STAYS = "watchdog.stop_on_reboot=0"
+"""Without it most drivers stop a hardware watchdog when the kernel is left (``watchdog_stop_on_reboot`` of Linux), and a next kernel that hangs is not reset."""
 _BEGIN = "# begin of caesura host prepare-kexec"
 _END = "# end of caesura host prepare-kexec"
 
@@ -203,6 +205,8 @@ def _has(command_line: str, word: str) -> bool:
     name, _, value = word.partition("=")
     if name == "memmap":
         return value in carve_outs(command_line)
+    if word == WATCHDOG_STAYS:
+        return parameter(command_line, name) == value
     return parameter(command_line, name) is not None
 
 
@@ -282,7 +286,7 @@ def _initramfs_remedy(facts: PreparationFacts, stale: list[str]) -> str:
 
 def boot_words(wanted: WantedPreparation) -> list[str]:
     """What every kernel of the host is given."""
-    words = [f"memmap={wanted.memmap}", f"panic={wanted.panic_s}"]
+    words = [f"memmap={wanted.memmap}", f"panic={wanted.panic_s}", WATCHDOG_STAYS]
     return [*words, f"crashkernel={wanted.crash_mib}M"] if wanted.crash_release else words
 
 

@@ -32,6 +32,7 @@ class FleetHost:
         folder: for the emulator's files.
         domain: of its guests.
         early: whether the host is prepared for an arrival in the initramfs, or by the unit.
+        watchdog_s: after which its hardware watchdog resets it in a change of its kernel, in seconds; 0: it has none.
         environ: as ``NestedHost`` has it.
     """
 
@@ -43,14 +44,18 @@ class FleetHost:
         *,
         domain: int,
         early: bool = True,
+        watchdog_s: int = 0,
         environ: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
         self.image = image
-        self.machine = NestedHost(name, image, folder, environ=environ)
+        self.machine = NestedHost(
+            name, image, folder, environ=environ, devices=("i6300esb",) if watchdog_s else ()
+        )
         self.guests = {f"{name}-{letter}": line for letter, line in _GUESTS.items()}
         self._domain = domain
         self._early = early
+        self._watchdog_s = watchdog_s
 
     def _host_file(self) -> str:
         vms = [
@@ -75,7 +80,7 @@ class FleetHost:
             {
                 "host": self.name,
                 "driver": "qemu",
-                "kernel": {"kexec": True, "early": self._early, "watchdog_s": 0},
+                "kernel": {"kexec": True, "early": self._early, "watchdog_s": self._watchdog_s},
                 "qemu": {"accel": "tcg", "run_dir": "/run/caesura", "start_timeout_s": 300.0},
                 "vm": vms,
             }
@@ -89,6 +94,8 @@ class FleetHost:
             "kernel-old": (self.image.old, ()),
             # Neither an init in its initramfs nor a root file system: it panics before the hook runs.
             "kernel-panic": (self.image.new, ("rdinit=/none", "root=/dev/none", "init=/none")),
+            # A shell that waits for somebody at the console, instead of the initramfs: it hangs before the hook runs.
+            "kernel-hang": (self.image.new, ("rdinit=/bin/sh",)),
             "kernel-stuck": (self.image.new, ("init=/opt/rig/stuck-init",)),
             "kernel-crash": (self.image.new, ("crashkernel=384M", "init=/opt/rig/crash-init")),
             # The carve-out's memory becomes ordinary memory (kernel-parameters.txt: memmap=nn%ss-oldtype+newtype).

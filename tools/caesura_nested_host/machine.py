@@ -15,7 +15,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ PATIENCE_S = 400.0
 """s: for anything that a host does: a boot takes 45 s where the machine has nothing else to do, and minutes where it has."""
 _BOOT = (
     "root=/dev/vda ro console=ttyS0,115200 loglevel=6 systemd.show_status=0 net.ifnames=0 mitigations=off panic=5"
-    " tsc=reliable random.trust_cpu=on systemd.mask=dev-hugepages.mount systemd.mask=sys-kernel-debug.mount"
+    " watchdog.stop_on_reboot=0 tsc=reliable random.trust_cpu=on systemd.mask=dev-hugepages.mount systemd.mask=sys-kernel-debug.mount"
 )
 
 
@@ -65,6 +65,7 @@ class NestedHost:
         image: what it runs.
         folder: for its disk, sockets and logs; short, for sockets' paths are.
         memory_mib: of the host.
+        devices: more of them, as ``-device`` has them.
         environ: more for the emulator's environment, such as the mark of a run.
     """
 
@@ -75,12 +76,14 @@ class NestedHost:
         folder: Path,
         *,
         memory_mib: int = 1536,
+        devices: Sequence[str] = (),
         environ: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
         self.image = image
         self._folder = folder
         self._memory_mib = memory_mib
+        self._devices = tuple(devices)
         self._environ = dict(environ or {})
         self._lines: list[list[SerialLine]] = [[], [], [], []]
         self._changed = threading.Condition()
@@ -134,6 +137,7 @@ class NestedHost:
             *("-initrd", f"{self.image.boot}/initrd.img-{self.image.old}", "-append", words),
             *("-drive", f"file={disk},format=qcow2,if=virtio,cache=unsafe", "-rtc", "base=utc,clock=host"),
             *("-netdev", "user,id=n0", "-device", "virtio-net-pci,netdev=n0", "-device", "virtio-rng-pci"),
+            *(word for device in self._devices for word in ("-device", device)),
             *("-qmp", f"unix:{self._folder}/qmp,server=on,wait=off"),
         ]
         for line in range(4):

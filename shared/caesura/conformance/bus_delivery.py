@@ -13,7 +13,6 @@ from structlog.testing import capture_logs
 from caesura.bus.port import Delivery
 from caesura.conformance.bus_harness import BrokerCapabilities, BusHarness, requires
 from caesura.conformance.collector import Collector, running
-from caesura.conformance.patience import patient
 
 
 @pytest.mark.asyncio
@@ -170,5 +169,5 @@ class BusDelivery:
                 await client.publish("open/request", b"%d" % number)
                 await answered.wait()
                 taken_s.append(time.perf_counter() - began_s)
-        # Without TCP_NODELAY on both sides it is 44 to 88 ms.
-        assert statistics.median(taken_s) < min(patient(0.02), 0.04)
+        # Without TCP_NODELAY on both sides each takes 44 to 88 ms (but the first ones), so a quarter that does not is enough on a busy machine.
+        assert statistics.quantiles(taken_s, n=4)[0] < 0.04

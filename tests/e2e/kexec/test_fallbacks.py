@@ -33,7 +33,13 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(TEST_S)]
 
 USUAL = (("refused", "stuck", "without"),)
 """The cases of each host."""
-ALL = ("rehearsed", "refused", "panic", "stuck"), ("crash", "late", "without"), ("dracut",)
+ALL = (
+    ("rehearsed", "refused", "panic", "stuck"),
+    ("crash", "late", "without"),
+    ("dracut",),
+    ("hang", "watched"),
+)
+WATCHDOG_S = 60
 
 
 def chains() -> tuple[tuple[str, ...], ...]:
@@ -51,7 +57,14 @@ async def test_fallbacks(
 ) -> None:
     stage = await stages(up=False)
     port = urlsplit(stage.sandbox.broker.url).port
-    host = FleetHost("host-1", image, tmp_path / "h", domain=0, early="dracut" not in cases)
+    host = FleetHost(
+        "host-1",
+        image,
+        tmp_path / "h",
+        domain=0,
+        early="dracut" not in cases,
+        watchdog_s=WATCHDOG_S if "hang" in cases else 0,
+    )
     with running(host.machine):
         await stage.sandbox.start("coordinator")
         try:
@@ -60,7 +73,7 @@ async def test_fallbacks(
                 await rehearsed(host)
             await asyncio.to_thread(host.start_updater)
             await asyncio.to_thread(host.until_connected)
-            for case in (refused, panic, stuck, crash, late, without, dracut):
+            for case in (refused, panic, stuck, crash, late, without, dracut, hang, watched):
                 if case.__name__ in cases:
                     begun = time.monotonic()
                     await until_ready(stage, host)
@@ -130,6 +143,31 @@ async def panic(stage: Any, host: FleetHost) -> None:
     assert (state.status, report.status) == ("halted", "failed")
     assert "kernel_unexpected" in report.codes or "kernel_unexpected" in state.codes
     await asyncio.to_thread(assert_continued, host, begun, f"{host.image.old} after a panic")
+
+
+async def hang(stage: Any, host: FleetHost) -> None:
+    """The new kernel hangs before anything of ours runs in it: the hardware watchdog resets the host into the old one."""
+    begun = time.monotonic()
+    state, report = await rolled(stage, host, "kernel-hang")
+    said = [each.text for each in host.machine.lines(CONSOLE, begun)]
+    assert any(f"Linux version {host.image.new}" in text for text in said)
+    assert not any("Kernel panic" in text for text in said)
+    assert (state.status, report.status) == ("halted", "failed")
+    assert "kernel_unexpected" in report.codes or "kernel_unexpected" in state.codes
+    await asyncio.to_thread(assert_continued, host, begun, f"{host.image.old} after a hang")
+
+
+async def watched(stage: Any, host: FleetHost) -> None:
+    """A change of the kernel that went well: the watchdog that was armed for it does not reset the host afterwards."""
+    begun = time.monotonic()
+    _, report = await rolled(stage, host, "kernel-new")
+    assert report.status == "completed" or report.codes == ("pause_over_budget",), report
+    await asyncio.to_thread(assert_continued, host, begun, f"{host.image.new}, with a watchdog")
+    boot = "cat /proc/sys/kernel/random/boot_id"
+    script = f"{boot}; while [ $(cut -d. -f1 /proc/uptime) -lt {2 * WATCHDOG_S} ]; do sleep 1; done; {boot}; uname -r"
+    said = (await asyncio.to_thread(host.machine.run, script)).split()
+    assert said == [said[0], said[0], host.image.new]
+    await asyncio.to_thread(assert_continued, host, begun, f"{host.image.new}, after the watchdog's time")
 
 
 async def stuck(stage: Any, host: FleetHost) -> None:

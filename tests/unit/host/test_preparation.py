@@ -127,10 +127,10 @@ def test_two_runs_with_a_reboot_between_them_prepare_a_host(host: _Host) -> None
     wanted = _wanted()
     assert host.apply(wanted) == ["command-line", "file-system", "mount"]
     assert "update-grub" in host.ran
-    assert 'memmap=4G!8G panic=5"' in host.text(GRUB)
+    assert 'memmap=4G!8G panic=5 watchdog.stop_on_reboot=0"' in host.text(GRUB)
     reboot = next(step for step in host.steps(wanted) if step.name == "file-system").remedy
     assert reboot.startswith("reboot once")
-    host.boot("memmap=4G!8G panic=5")
+    host.boot("memmap=4G!8G panic=5 watchdog.stop_on_reboot=0")
     assert host.apply(wanted) == []
     before, host.ran = host.tree(), []
     assert host.apply(wanted) == []
@@ -160,7 +160,7 @@ def test_a_host_with_dracut_is_prepared_for_an_arrival_by_the_unit(host: _Host) 
     assert "prepare-kexec --late --apply, and early = false" in early.remedy
     before = host.tree().keys()
     wanted = _wanted(early=False)
-    host.boot("memmap=4G!8G panic=5")
+    host.boot("memmap=4G!8G panic=5 watchdog.stop_on_reboot=0")
     assert host.apply(wanted) == []
     assert not [each for each in host.ran if each.startswith("update-initramfs")]
     assert not [path for path in host.tree() if "initramfs-tools" in path]
@@ -176,7 +176,7 @@ def test_a_host_with_dracut_is_prepared_for_an_arrival_by_the_unit(host: _Host) 
 def test_a_kernel_with_an_initramfs_of_dracut_is_loaded_where_the_unit_continues_the_guests(
     host: _Host,
 ) -> None:
-    host.boot("memmap=4G!8G panic=5")
+    host.boot("memmap=4G!8G panic=5 watchdog.stop_on_reboot=0")
 
     def run(argv: Sequence[str]) -> str:
         if argv[0] == "lsinitramfs":
@@ -213,14 +213,14 @@ def test_without_grub_the_operator_is_told_the_words(host: _Host) -> None:
         step for step in host.steps(_wanted(crash_release="6.1.0-1-amd64")) if step.name == "command-line"
     )
     assert (
-        "missing: memmap=4G!8G panic=5 crashkernel=256M: add them to the boot loader's command line"
+        "missing: memmap=4G!8G panic=5 watchdog.stop_on_reboot=0 crashkernel=256M: add them to the boot loader's command line"
         in step.remedy
     )
     assert not (host.root / GRUB[1:]).exists()
 
 
 def test_a_file_system_of_something_else_is_not_overwritten(host: _Host) -> None:
-    host.boot("memmap=4G!8G panic=5")
+    host.boot("memmap=4G!8G panic=5 watchdog.stop_on_reboot=0")
     host.uuid = "other"
     assert host.apply(_wanted()) == ["file-system", "mount"]
     assert not [each for each in host.ran if each.startswith("mkfs")]
@@ -229,7 +229,7 @@ def test_a_file_system_of_something_else_is_not_overwritten(host: _Host) -> None
 
 
 def test_a_mount_without_dax_is_named(host: _Host) -> None:
-    host.boot("memmap=4G!8G panic=5")
+    host.boot("memmap=4G!8G panic=5 watchdog.stop_on_reboot=0")
     host.uuid = _UUID
     host.put("proc/mounts", "/dev/pmem0 /var/lib/caesura/carve-out ext4 rw 0 0\n")
     step = next(step for step in host.steps(_wanted()) if step.name == "mount")
@@ -239,7 +239,7 @@ def test_a_mount_without_dax_is_named(host: _Host) -> None:
 
 @pytest.mark.parametrize(("value", "done"), [("0", True), ("1", False)])
 def test_a_kernel_that_loads_no_other_one_is_named(host: _Host, value: str, *, done: bool) -> None:
-    host.boot("memmap=4G!8G panic=5")
+    host.boot("memmap=4G!8G panic=5 watchdog.stop_on_reboot=0")
     host.put("proc/sys/kernel/kexec_load_disabled", f"{value}\n")
     step = next(step for step in host.steps(_wanted()) if step.name == "loadable")
     assert step.done is done
@@ -281,16 +281,18 @@ def test_carve_outs_of_a_command_line() -> None:
 
 
 def test_the_next_kernel_is_given_what_this_one_has() -> None:
-    line = "BOOT_IMAGE=/vmlinuz root=/dev/vda ro initrd=\\x memmap=4G!8G panic=5 caesura.arrive=crash-kernel"
-    assert next_command_line(line) == "root=/dev/vda ro memmap=4G!8G panic=5"
+    line = "BOOT_IMAGE=/vmlinuz root=/dev/vda ro initrd=\\x memmap=4G!8G panic=5 watchdog.stop_on_reboot=0 caesura.arrive=crash-kernel"
+    assert next_command_line(line) == "root=/dev/vda ro memmap=4G!8G panic=5 watchdog.stop_on_reboot=0"
 
 
 def test_a_kernel_is_loaded_and_written_down(host: _Host) -> None:
-    host.boot("memmap=4G!8G panic=5")
+    host.boot("memmap=4G!8G panic=5 watchdog.stop_on_reboot=0")
     host.put("boot/initrd.img-6.1.0-1-amd64", f"etc/caesura/hook-version-{HOOK_VERSION}\n")
     loaded = load_kernel("6.1.0-1-amd64", more=("quiet",), root=host.root, run=host.run)
     assert loaded == msgspec.json.decode(host.text("run/caesura/kexec-loaded.json"), type=LoadedKernel)
-    assert loaded.command_line == "root=/dev/vda ro quiet memmap=4G!8G panic=5 quiet"
+    assert (
+        loaded.command_line == "root=/dev/vda ro quiet memmap=4G!8G panic=5 watchdog.stop_on_reboot=0 quiet"
+    )
     assert (loaded.boot_id, loaded.hook_version) == ("boot-1", HOOK_VERSION)
 
 
@@ -358,7 +360,7 @@ def test_root_gives_away_nothing_that_a_link_in_the_carve_out_names(
 ) -> None:
     """The carve-out belongs to the host updater's user from the first time on; what is made there again may be a link by then."""
     wanted = _wanted()
-    host.boot("memmap=4G!8G panic=5")
+    host.boot("memmap=4G!8G panic=5 watchdog.stop_on_reboot=0")
     host.apply(wanted)
     (host.root / wanted.state_dir.lstrip("/")).mkdir(parents=True, exist_ok=True)
     folder = host.root / wanted.carve_out.lstrip("/") / "ram"

@@ -26,6 +26,8 @@ from caesura_vmcontrol.libvirt_rpc import (
 )
 from caesura_vmcontrol.plan_errors import BadPlan
 
+_ANSWER_S = 60.0
+
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[Daemon]:
@@ -34,11 +36,18 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
     made.close()
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that comes is waited for, on the busiest machine; what is too late is told so by its test."""
+    for name in ("libvirt_control._DAEMON_S", "libvirt_control.RPC_S", "libvirt_connections.RPC_S"):
+        monkeypatch.setattr(f"caesura_vmcontrol.{name}", _ANSWER_S)
+
+
 def plan(daemon: Daemon, number: int = 7) -> LibvirtPlan:
     return LibvirtPlan("web-1", daemon.path, "qemu:///system", UUID, number, 0, 0)
 
 
-def opened(daemon: Daemon, seconds: float = 5) -> Libvirt:
+def opened(daemon: Daemon, seconds: float = _ANSWER_S) -> Libvirt:
     return Libvirt(daemon.path, "qemu:///system", time.monotonic() + seconds)
 
 

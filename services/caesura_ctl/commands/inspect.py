@@ -76,7 +76,12 @@ def status(broker: str | None, *, as_json: bool) -> None:
         for each in sorted(
             fleet_view.coordinators.values(), key=lambda each: (not each.leads, each.coordinator)
         ):
-            role = _role(each, boss.epoch if boss else 0, fleet_view.silence_s(each.coordinator))
+            role = _role(
+                each,
+                boss.epoch if boss else 0,
+                fleet_view.silence_s(each.coordinator),
+                leader_online=boss is not None and boss.online,
+            )
             context.console.print(Text(f"  {each.coordinator}: {role}"))
         silent = sorted(
             vm
@@ -99,17 +104,23 @@ def status(broker: str | None, *, as_json: bool) -> None:
     run(body, broker, as_json=as_json)
 
 
-def _role(coordinator: m.CoordinatorStatus, epoch: int, silence_s: float = 0.0) -> str:
+def _role(
+    coordinator: m.CoordinatorStatus, epoch: int, silence_s: float = 0.0, *, leader_online: bool = True
+) -> str:
     """What one of several coordinators does, in words.
 
     Args:
         epoch: of the one that leads.
         silence_s: how long it has announced nothing while another did; 0: it may be there.
+        leader_online: whether the one that leads is on the bus, as its presence says.
     """
-    if coordinator.leads and coordinator.epoch < epoch:  # it was killed: nobody takes back what it said last
+    if coordinator.leads and (coordinator.epoch < epoch or not leader_online):
+        # It was killed: nobody takes back what it said last.
         return f"led with epoch {coordinator.epoch}, it has sent nothing since"
+    if coordinator.leads:
+        silence_s = 0.0  # it is on the bus: the clock of another one is ahead
     if coordinator.online and silence_s:
-        return f"{'led' if coordinator.leads else 'stood by'}, it has sent nothing for {silence_s:.0f} s"
+        return f"stood by, it has sent nothing for {silence_s:.0f} s"
     role = "leads" if coordinator.leads else "stands by" if coordinator.online else "OFFLINE"
     if not coordinator.waits_for:
         return role

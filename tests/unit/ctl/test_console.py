@@ -90,6 +90,8 @@ def test_a_leader_that_was_killed_is_not_shown_as_one() -> None:
     """Its last word stays on the bus: only the epoch of the next one tells."""
     killed = m.CoordinatorStatus(coordinator="one", online=True, leads=True, epoch=4)
     assert _role(killed, 4) == "leads"
+    assert _role(killed, 4, leader_online=False) == "led with epoch 4, it has sent nothing since"
+    assert _role(killed, 4, 300.0) == "leads", "it is on the bus: another one's clock is ahead"
     assert _role(killed, 5) == "led with epoch 4, it has sent nothing since"
     stands_by = m.CoordinatorStatus(
         coordinator="two", online=True, leads=False, epoch=3, waits_for="another coordinator leads"

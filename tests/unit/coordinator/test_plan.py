@@ -153,7 +153,7 @@ def test_many_unknown_names_are_refused_at_once(
 
     monkeypatch.setattr(difflib, "get_close_matches", search)
     names = tuple(f"old-{number}" for number in range(500))
-    refusals = _plan(fleet(host("h1", build("w1"))), limits=m.Limits(exclude_vms=names)).refusals
+    refusals = _plan(fleet(host("h1", build("w1"))), selection=m.Selection(vms=names)).refusals
     assert len(searched) <= 5
     assert len(refusals) <= 25
     assert refusals[-1].reason.endswith("nor of 479 more of those that were given")

@@ -99,7 +99,6 @@ class _SharedConnection(Libvirt):
         """Of the pool, and under its lock."""
         try:
             self._writer = self._socket.dup()
-            threading.Thread(target=self._receive, name=f"libvirt at {path}", daemon=True).start()
         except BaseException:
             self._socket.close()
             raise
@@ -214,8 +213,8 @@ class _SharedConnection(Libvirt):
             raise self._silent()
         return left
 
-    def _receive(self) -> None:
-        """In a thread, until the connection ends."""
+    def receive(self) -> None:
+        """Hand out the answers, until the connection ends. Blocking."""
         try:
             while True:
                 message = self._message()
@@ -389,13 +388,14 @@ class _Pool:
 
     def _begin_opening(self) -> bool:
         try:
-            threading.Thread(target=self._open, name=f"open libvirt at {self._path}", daemon=True).start()
+            threading.Thread(target=self._open, name=f"libvirt at {self._path}", daemon=True).start()
         except RuntimeError:  # the host cannot start a thread
             return False
         self._opening += 1
         return True
 
     def _open(self) -> None:
+        """In a thread, which then hands out the answers: a second one may be refused by the host."""
         error: OSError | None = None
         connection: _SharedConnection | None = None
         try:
@@ -413,6 +413,8 @@ class _Pool:
                 self._failures += 1
                 self._error = error
             self._look()
+        if connection is not None:
+            connection.receive()
 
     def _look(self) -> None:
         """Something has changed."""

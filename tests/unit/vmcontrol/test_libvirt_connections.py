@@ -230,7 +230,7 @@ def test_a_host_that_cannot_start_a_thread_has_a_connection_of_its_own(
     start = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
-        if "open libvirt" in thread.name:
+        if "libvirt at" in thread.name:
             raise RuntimeError("can't start new thread")
         start(thread)
 
@@ -521,3 +521,22 @@ def test_connections_that_are_kept_for_an_answer_make_room(
     assert daemon.called[-2:] == [_JOB, _RESUME]
     assert not hanging.go.is_set()
     assert _open(daemon) == 1
+
+
+@pytest.mark.usefixtures("unhurried")
+def test_one_thread_is_enough_for_a_connection(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host at its limit of threads: the one that opened it took the last, and nobody was there to read the answers."""
+    start = threading.Thread.start
+    started: list[str] = []
+
+    def one(thread: threading.Thread) -> None:
+        if "libvirt" in thread.name:
+            if started:
+                raise RuntimeError("can't start new thread")
+            started.append(thread.name)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", one)
+    assert domain_look(_plan(daemon)).condition == "frozen"
+    assert domain_look(_plan(daemon)).condition == "frozen"
+    assert daemon.called.count(_OPEN) == 1

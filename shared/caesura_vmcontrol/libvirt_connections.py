@@ -170,7 +170,7 @@ class _SharedConnection(Libvirt):
         on_sent()
         if not call.has_ended.wait(min(max(by - time.monotonic(), 0), _NO_END_S)):
             # Its answer may come yet. Who had little time left says nothing about the daemon.
-            if by - now >= min(answer_s, RPC_S):
+            if until - now >= min(answer_s, RPC_S):
                 call.has_timed_out = True
             call.is_abandoned = True
             raise self._silent()

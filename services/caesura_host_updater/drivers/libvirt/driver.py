@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -225,8 +225,9 @@ class LibvirtDriver:
         self._left = {vm: why for vm, why in self._left.items() if vm in view.plans or vm in self._held}
         self._seen, self.vms, self.plans, self._error = view, view.vms, view.plans, ""
 
-    def adopt(self, plans: Iterable[ResumePlan]) -> None:
+    def adopt(self, plans: Iterable[ResumePlan]) -> Collection[str]:
         """A daemon that is away, or was restarted in a pause and could not read its files, does not name them; their processes live."""
+        adopted = []
         for plan in plans:
             if isinstance(plan, LibvirtPlan) and self._is_lost(plan):
                 others = {name: vm for name, vm in self.vms.items() if vm.uuid != plan.uuid}
@@ -237,6 +238,8 @@ class LibvirtDriver:
                 memories = {**self._seen.memories, plan.vm: GuestMemory()}
                 self._seen = replace(self._seen, vms=self.vms, plans=self.plans, memories=memories)
                 self._held.pausing(plan.vm, plan)
+                adopted.append(plan.vm)
+        return adopted
 
     def _is_lost(self, plan: LibvirtPlan) -> bool:
         if any(each.uuid == plan.uuid for each in self.plans.values()):

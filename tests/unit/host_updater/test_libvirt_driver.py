@@ -238,12 +238,55 @@ def test_a_start_adopts_no_domain_that_is_known_or_over(daemon: Daemon, tmp_path
     driver._take(_view(daemon))
     known = driver.plans["web-old"]
     other = replace(known, vm="b", uuid=_UUID.replace("7", "6"))
-    driver.adopt([replace(known, number=3), replace(other, pid=os.getpid(), start_ticks=1), other])
+    over = replace(other, pid=os.getpid(), start_ticks=1)
+    assert driver.adopt([replace(known, number=3), over, other]) == []
     assert driver.plans == {"web-old": known}
     assert [vm.name for vm in driver.members()] == ["web-old"]
     driver._failed("no libvirt")
-    driver.adopt([other])
+    assert driver.adopt([other]) == ["b"]
     assert driver.plans["b"] == other, "nobody says that it is over"
+
+
+@pytest.mark.parametrize("others", [(), ("web-old",)])
+async def test_a_start_knows_a_paused_domain_by_the_name_that_it_was_paused_under(
+    daemon: Daemon, tmp_path: Path, others: tuple[str, ...]
+) -> None:
+    """Its label was edited in the pause; another domain may have taken its name. Nobody found its marker, and it stayed paused."""
+    driver = _driver(daemon, tmp_path)
+    paused = _view(daemon).plans["web-old"]
+    more = tuple(FoundDomain(name=name, uuid=_UUID.replace("7", "6"), number=9) for name in others)
+    renamed = _view(daemon, '<vm name="renamed" set="web" update-domain="0"/>', more=more)
+    driver._take(renamed)
+    assert driver.adopt([paused]) == ["web-old"]
+    for _ in range(2):
+        assert (await driver.read_states()) == {"web-old": "paused"}
+        assert driver.resume_plan("web-old") == paused
+        driver._take(renamed)
+    await driver.release("web-old")
+    driver._take(renamed)
+    assert {vm.name for vm in driver.members()} == {"renamed", *others}
+
+
+async def test_a_start_knows_two_paused_domains_whose_names_were_exchanged(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    driver = _driver(daemon, tmp_path)
+    other = FoundDomain(name="b", uuid=_UUID.replace("7", "6"), number=9, label='<vm name="a"/>')
+    seen = _view(daemon, '<vm name="b"/>', more=(other,))
+    driver._take(seen)
+    paused = [replace(seen.plans["b"], vm="a"), replace(seen.plans["a"], vm="b")]
+    assert driver.adopt(paused) == ["a", "b"]
+    assert driver.plans == {plan.vm: plan for plan in paused}
+    assert {vm.name: vm.domain_name for vm in driver.members()} == {"a": "web-1", "b": "b"}
+
+
+def test_a_domain_that_was_renamed_and_started_again_is_not_what_was_paused(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    driver = _driver(daemon, tmp_path)
+    driver._take(_view(daemon))
+    assert driver.adopt([replace(driver.plans["web-old"], vm="a", number=3)]) == []
+    assert [vm.name for vm in driver.members()] == ["web-old"]
 
 
 async def test_who_was_paused_by_somebody_else_after_a_refused_freeze_is_left(

@@ -226,25 +226,31 @@ class LibvirtDriver:
         self._seen, self.vms, self.plans, self._error = view, view.vms, view.plans, ""
 
     def adopt(self, plans: Iterable[ResumePlan]) -> Collection[str]:
-        """A daemon that is away, or was restarted in a pause and could not read its files, does not name them; their processes live."""
+        """Those whose label was edited in the pause keep their names; a daemon that is away, or has lost them, does not name them at all."""
+        specs = {vm.uuid: vm for vm in self.vms.values()}
+        listed = {plan.uuid: plan for plan in self.plans.values()}
         adopted = []
         for plan in plans:
-            if isinstance(plan, LibvirtPlan) and self._is_lost(plan):
-                others = {name: vm for name, vm in self.vms.items() if vm.uuid != plan.uuid}
-                listed = next((vm for vm in self.vms.values() if vm.uuid == plan.uuid), None)
-                vm = listed or LibvirtVm(uuid=plan.uuid, domain_name=plan.vm, name=plan.vm)
-                self.vms = others | {plan.vm: msgspec.structs.replace(vm, name=plan.vm)}
-                self.plans = {**self.plans, plan.vm: plan}
-                memories = {**self._seen.memories, plan.vm: GuestMemory()}
-                self._seen = replace(self._seen, vms=self.vms, plans=self.plans, memories=memories)
+            if not isinstance(plan, LibvirtPlan):
+                continue
+            now = listed.get(plan.uuid)
+            if self._is_lost(plan) if now is None else _is_renamed(plan, now):
+                vm = specs.get(plan.uuid) or LibvirtVm(uuid=plan.uuid, domain_name=plan.vm, name=plan.vm)
+                self._list(msgspec.structs.replace(vm, name=plan.vm), now or plan)
                 self._held.pausing(plan.vm, plan)
                 adopted.append(plan.vm)
         return adopted
 
     def _is_lost(self, plan: LibvirtPlan) -> bool:
-        if any(each.uuid == plan.uuid for each in self.plans.values()):
-            return False
         return alive(plan.pid, plan.start_ticks) if plan.pid else bool(self._error)
+
+    def _list(self, vm: LibvirtVm, plan: LibvirtPlan) -> None:
+        """In place of what has its UUID or its name until now."""
+        self.vms = {name: each for name, each in self.vms.items() if each.uuid != vm.uuid} | {vm.name: vm}
+        plans = {name: each for name, each in self.plans.items() if each.uuid != vm.uuid}
+        self.plans = plans | {vm.name: replace(plan, vm=vm.name)}
+        memories = {**self._seen.memories, vm.name: GuestMemory()}
+        self._seen = replace(self._seen, vms=self.vms, plans=self.plans, memories=memories)
 
     def members(self) -> tuple[LibvirtVm, ...]:
         """The VMs that there are now."""
@@ -532,6 +538,10 @@ def _state_of(look: DomainLook | None) -> VmState:
 
 def _called(vms: Mapping[str, LibvirtVm]) -> dict[str, str]:
     return {name: vm.domain_name for name, vm in vms.items()}
+
+
+def _is_renamed(paused: LibvirtPlan, now: LibvirtPlan) -> bool:
+    return paused.vm != now.vm and is_same_life(paused, now)
 
 
 def _risk(plan: LibvirtPlan) -> str:

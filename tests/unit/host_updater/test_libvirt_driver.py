@@ -501,6 +501,71 @@ async def test_a_start_that_hangs_delays_nobody_is_named_and_is_not_sent_again(
     await restarter.close()
 
 
+async def _looked(restarter: DomainRestarter) -> None:
+    """As after a look of the driver's, to the end of what that begins."""
+    restarter.start_ended(())
+    await asyncio.gather(*restarter._late.values())
+
+
+async def test_a_start_that_outlasts_its_operation_is_over_when_the_domain_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its operator shut it down within the hour: it was called broken, and started."""
+    monkeypatch.setattr(restarting, "_START_S", 0.01)
+    world = _Starting(None)
+    world.go.clear()
+    restarter = world.restarter(tmp_path)
+    try:
+        await restarter.shut_down("a", time.monotonic() + 5)
+        with pytest.raises(DriverError, match="has not started it within"):
+            await restarter.start("a", time.monotonic())
+    finally:
+        world.go.set()
+    async with asyncio.timeout(60):
+        while restarter._starts:  # noqa: ASYNC110 - a thread's work
+            await asyncio.sleep(0.01)
+    await world.look()
+    await _looked(restarter)
+    assert (restarter.down, (tmp_path / "a.shutdown").exists()) == (set(), False)
+    world.plans.clear()
+    await _looked(restarter)
+    assert (world.said, restarter.errors) == (["start"], {})
+
+
+async def test_a_domain_that_was_started_since_it_was_asked_is_up(
+    tmp_path: Path, process: subprocess.Popen[bytes]
+) -> None:
+    """It was waited for as long as one that shuts down still, and then called one that had never been down."""
+    world = _Starting(None)
+    restarter = world.restarter(tmp_path)
+    await restarter.shut_down("a", time.monotonic() + 5)
+    world.plans = _Starting(process).plans
+    assert await restarter.start("a", time.monotonic())
+    assert (world.said, restarter.down) == ([], set())
+
+
+@pytest.mark.parametrize("opened", [False, True])
+async def test_a_domain_that_its_operator_started_again_is_not_started_for_an_earlier_request(
+    tmp_path: Path, process: subprocess.Popen[bytes], opened: bool
+) -> None:
+    """It outlasted its operation. ``opened``: the host updater was restarted meanwhile."""
+    world = _Starting(process)
+    restarter = world.restarter(tmp_path)
+    with pytest.raises(ShutdownFailed):
+        await restarter.shut_down("a", time.monotonic() + 0.1)
+    if opened:
+        restarter = world.restarter(tmp_path)
+        await restarter.open()
+    await _looked(restarter)
+    assert restarter.down == {"a"}, "it shuts down still"
+    world.plans = {"a": replace(world.plans["a"], number=2, start_ticks=1)}
+    await _looked(restarter)
+    assert (restarter.down, (tmp_path / "a.shutdown").exists()) == (set(), False)
+    world.plans.clear()
+    await _looked(restarter)
+    assert world.said == ["shutdown"]
+
+
 async def test_the_ping_names_a_start_that_hangs(daemon: Daemon, tmp_path: Path) -> None:
     driver = _driver(daemon, tmp_path)
     driver._restarter.errors["a"] = "libvirt has not started it within 30 s"

@@ -53,7 +53,6 @@ from caesura_host_updater.drivers.port import (
 )
 from caesura_host_updater.drivers.remote_pauses import LatePauses, ResumeTries
 from caesura_vmcontrol.freezer_control import Condition
-from caesura_vmcontrol.libvirt_connections import open_ahead
 from caesura_vmcontrol.libvirt_control import (
     MIGRATES,
     DomainLook,
@@ -388,9 +387,6 @@ class LibvirtDriver:
         plan = self.plans.get(vm)
         if plan is None or (plan.pid and not alive(plan.pid, plan.start_ticks)):
             raise DriverError(vm, self.health_error(vm) or "its domain does not run")
-        open_ahead(
-            self.plans.values()
-        )  # a pause is about to begin, of all of them perhaps, and polkit may be slow
         return plan
 
     async def freeze(self, vm: str, by: float) -> None:

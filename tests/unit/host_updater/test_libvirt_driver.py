@@ -9,13 +9,15 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from caesura_host_updater.drivers.libvirt import restarting
+from caesura_host_updater.drivers.libvirt import domain_view, restarting
+from caesura_host_updater.drivers.libvirt import driver as driver_module
 from caesura_host_updater.drivers.libvirt.binding import NoBinding
 from caesura_host_updater.drivers.libvirt.definition import (
     FoundDomain,
@@ -23,7 +25,7 @@ from caesura_host_updater.drivers.libvirt.definition import (
     LibvirtVm,
     vms_of,
 )
-from caesura_host_updater.drivers.libvirt.domain_view import DomainView
+from caesura_host_updater.drivers.libvirt.domain_view import DomainView, look_at_domains
 from caesura_host_updater.drivers.libvirt.driver import LibvirtDriver
 from caesura_host_updater.drivers.libvirt.guest_memory import GuestMemory
 from caesura_host_updater.drivers.libvirt.restarting import DomainRestarter
@@ -377,6 +379,76 @@ async def test_a_binding_that_is_missing_is_told_at_the_start(tmp_path: Path) ->
     with pytest.raises(NoBinding):
         await driver.open()
     await driver.close(stop_vms=False)
+
+
+class _OneDaemon:
+    """The binding's connection, where the daemon listens at the socket whose file is there."""
+
+    closed: ClassVar[list[str]] = []
+
+    def __init__(self, _uri: str, socket: str, _binding: str, _changed: Callable[[], None]) -> None:
+        self._socket = socket
+
+    def load(self) -> None:
+        """Made up."""
+
+    def version(self) -> str:
+        if not Path(self._socket).exists():
+            raise OSError(f"no libvirt at {self._socket}")
+        return "9.0.0"
+
+    def domains(self) -> list[FoundDomain]:
+        self.version()
+        return [FoundDomain(name="web-1", uuid=_UUID, number=7)]
+
+    def close(self) -> None:
+        self.closed.append(self._socket)
+
+
+async def test_the_socket_of_a_daemon_that_is_away_is_looked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A modular daemon came in place of libvirtd, or any one after the host updater: it was away until that was restarted."""
+    monkeypatch.setattr(driver_module, "LibvirtConnection", _OneDaemon)
+    _OneDaemon.closed.clear()
+    modular, monolithic = (tmp_path / name for name in ("virtqemud-sock", "libvirt-sock"))
+    driver = LibvirtDriver(LibvirtOptions(), (str(modular), str(monolithic)), tmp_path)
+    await driver.open()
+    assert f"no libvirt at {monolithic}" in driver.ping()
+    monolithic.touch()
+    await driver._domains.take()
+    assert driver.ping() == ""
+    modular.touch()
+    await driver._domains.take()
+    assert driver.plans["web-1"].socket == str(monolithic), "it answers"
+    monolithic.unlink()
+    for _ in range(2):
+        await driver._domains.take()
+    assert driver.ping() == ""
+    assert driver.plans["web-1"].socket == str(modular)
+    assert _OneDaemon.closed == [str(monolithic)]
+    await driver.close(stop_vms=False)
+    assert _OneDaemon.closed == [str(monolithic), str(modular)]
+
+
+def test_a_domain_whose_daemon_is_another_one_now_is_resumed_by_that(
+    tmp_path: Path, process: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = read_process(process.pid)
+    assert found is not None
+    monkeypatch.setattr(
+        domain_view,
+        "plan_of_domain",
+        lambda vm, number, socket, uri: LibvirtPlan(
+            vm.name, socket, uri, vm.uuid, number, process.pid, found.start_ticks
+        ),
+    )
+    (tmp_path / "new").touch()
+    connection = _OneDaemon("", str(tmp_path / "new"), "", lambda: None)
+    view = DomainView()
+    for socket in ("/old", "/new"):
+        view = look_at_domains(connection, LibvirtOptions(), socket, view)  # type: ignore[arg-type]
+        assert view.plans["web-1"].socket == socket
 
 
 async def test_a_look_that_breaks_is_told_and_followed_by_the_next(

@@ -106,9 +106,10 @@ def _living(plan: LibvirtPlan | None, view: DomainView) -> LibvirtPlan | None:
 
 
 def _plan_of(vm: LibvirtVm, number: int, socket: str, uri: str, before: DomainView) -> LibvirtPlan | None:
-    """One whose process lives stays as it is: paths and rights may change with a restart of the domain only."""
+    """One whose process lives stays as it is: paths and rights may change with a restart of the domain, or another daemon, only."""
     known = before.plans.get(vm.name)
-    if known is None or not known.pid or (known.uuid, known.number) != (vm.uuid, number):
+    known_as = None if known is None else (known.uuid, known.number, known.socket)
+    if known is None or not known.pid or known_as != (vm.uuid, number, socket):
         return plan_of_domain(vm, number, socket, uri)
     if alive(known.pid, known.start_ticks):
         return known

@@ -99,7 +99,7 @@ class LibvirtDriver:
 
     Args:
         options: the host file's table ``[libvirt]``.
-        sockets: where the daemon may listen; the first that exists is used.
+        sockets: where the daemon may listen; the first that exists is used, and looked for again while none answers.
         state_dir: where shutdown requests are noted.
         max_digest_bytes: memory above this is not digested whole.
     """
@@ -143,15 +143,8 @@ class LibvirtDriver:
             NoBinding: there is no binding that this Python can load.
         """
         await in_thread("state folder", lambda: self._folder.mkdir(parents=True, exist_ok=True, mode=0o700))
-        loop = asyncio.get_running_loop()
-        self._socket = await in_thread("socket", partial(existing_socket, self._sockets))
-
-        def changed() -> None:
-            with suppress(RuntimeError):  # the loop was closed
-                loop.call_soon_threadsafe(self._event.set)
-
-        self._connection = LibvirtConnection(self._options.uri, self._socket, self._options.binding, changed)
-        await in_thread("binding", self._connection.load)
+        await self._choose_socket()
+        await in_thread("binding", self._connected().load)
         await self._late.open(LibvirtPlan)
         await self._domains.take()
         await self._restarter.open()
@@ -170,10 +163,27 @@ class LibvirtDriver:
             await asyncio.gather(self._looking, return_exceptions=True)
         await self._restarter.close()
         await self._late.close()
+        await self._disconnect()
+
+    async def _disconnect(self) -> None:
         if self._connection is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
                     await in_thread("close libvirt", self._connection.close)
+
+    async def _choose_socket(self) -> None:
+        socket = await in_thread("socket", partial(existing_socket, self._sockets))
+        if socket == self._socket:
+            return
+        loop = asyncio.get_running_loop()
+
+        def changed() -> None:
+            with suppress(RuntimeError):  # the loop was closed
+                loop.call_soon_threadsafe(self._event.set)
+
+        await self._disconnect()
+        self._socket = socket
+        self._connection = LibvirtConnection(self._options.uri, socket, self._options.binding, changed)
 
     async def _look(self) -> None:
         while True:
@@ -198,8 +208,9 @@ class LibvirtDriver:
         self._failed(f"libvirt at {self._socket} does not answer within {_ASK_S:g} s")
 
     async def _ask(self) -> None:
+        if self._error:  # another daemon may have taken its place
+            await self._choose_socket()
         connection = self._connected()
-
         ask = partial(look_at_domains, connection, self._options, self._socket, self._seen)
         try:
             view = await in_thread("domains", ask)

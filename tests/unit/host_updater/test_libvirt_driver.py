@@ -223,11 +223,12 @@ async def test_a_start_finds_a_paused_domain_that_the_daemon_has_lost(
     )
     driver = _driver(daemon, tmp_path)
     off = {_UUID: FoundDomain(name="web-1", uuid=_UUID, number=-1, label=listed)}
-    seen = replace(_view(daemon, listed), found=off, plans={}) if listed else DomainView("9.0.0")
+    seen = replace(_view(daemon, listed), found=off, plans={}, memories={}) if listed else DomainView("9.0.0")
     driver._take(seen)
     driver.adopt([lost])
     for _ in range(2):
         assert await driver.read_states() == {"web-old": "paused"}
+        assert driver.capabilities("web-old").digests == (), "nobody has looked where its memory is"
         driver._take(seen)
     assert await driver.resume("web-old", patient(2)) == "running"
     await driver.release("web-old")
@@ -449,6 +450,23 @@ def test_a_domain_whose_daemon_is_another_one_now_is_resumed_by_that(
     for socket in ("/old", "/new"):
         view = look_at_domains(connection, LibvirtOptions(), socket, view)  # type: ignore[arg-type]
         assert view.plans["web-1"].socket == socket
+
+
+def test_where_the_memory_of_an_adopted_domain_is_is_looked_at_when_it_is_listed_again(
+    daemon: Daemon, tmp_path: Path, process: subprocess.Popen[bytes]
+) -> None:
+    """It was taken for a file without a name, whose digest failed, until the domain's next start."""
+    found = read_process(process.pid)
+    assert found is not None
+    (tmp_path / "new").touch()
+    driver = _driver(daemon, tmp_path)
+    socket = str(tmp_path / "new")
+    lost = LibvirtPlan("web-1", socket, "qemu:///system", _UUID, 7, process.pid, found.start_ticks)
+    assert driver.adopt([lost]) == ["web-1"]
+    connection = _OneDaemon("", socket, "", lambda: None)
+    view = look_at_domains(connection, LibvirtOptions(), socket, driver._seen)  # type: ignore[arg-type]
+    assert view.plans["web-1"] == lost
+    assert "is private to its QEMU process" in view.memories["web-1"].error
 
 
 async def test_a_look_that_breaks_is_told_and_followed_by_the_next(

@@ -30,6 +30,7 @@ from caesura_host_updater.drivers.libvirt.connection import LibvirtConnection, e
 from caesura_host_updater.drivers.libvirt.definition import LibvirtOptions, LibvirtVm
 from caesura_host_updater.drivers.libvirt.domain_view import DomainView, keep_held, look_at_domains
 from caesura_host_updater.drivers.libvirt.guest_memory import (
+    UNLISTED,
     GuestMemory,
     memory_digest_of,
     sampled_memory_of,
@@ -259,7 +260,7 @@ class LibvirtDriver:
         self.vms = {name: each for name, each in self.vms.items() if each.uuid != vm.uuid} | {vm.name: vm}
         plans = {name: each for name, each in self.plans.items() if each.uuid != vm.uuid}
         self.plans = plans | {vm.name: replace(plan, vm=vm.name)}
-        memories = {**self._seen.memories, vm.name: GuestMemory()}
+        memories = {**self._seen.memories, vm.name: UNLISTED}
         self._seen = replace(self._seen, vms=self.vms, plans=self.plans, memories=memories)
 
     def members(self) -> tuple[LibvirtVm, ...]:

@@ -123,7 +123,7 @@ class DomainRestarter:
             self._asked[vm] = self._domains.plans[vm]
 
     async def _forget(self, vm: str) -> None:
-        """Whatever ends it from now on is no concern of ours."""
+        """It runs again, or its end was somebody else's wish."""
         self.down.discard(vm)
         self._asked.pop(vm, None)
         await in_thread("shutdown request", partial(self._requests.forget, vm))

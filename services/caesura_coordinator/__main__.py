@@ -30,7 +30,7 @@ with QuietInterrupt():
     from caesura_coordinator.store_options import check_store, is_shared, shared_rows
     from caesura_coordinator.takeover import hold_off_s
 
-SUMMARY = "Plans and runs rollouts; one coordinator per fleet. Announces scheduled events, commands hosts, halts on any failure."
+SUMMARY = "Plans and runs rollouts; one coordinator per fleet, or several that share PostgreSQL. Announces scheduled events, commands hosts, halts on any failure."
 
 
 _log = get_logger("caesura.coordinator")

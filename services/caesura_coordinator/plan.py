@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
 
@@ -42,6 +42,8 @@ from caesura_coordinator.plan_waves import most_hosts, waves
 
 _WAVE_OVERHEAD_S = 2.0  # s: commands, resumes and clock-sync around a pause, for the estimate only
 _NO_LIMITS = Limits()
+_MOST_HINTS = 3
+_MOST_UNKNOWN = 20
 
 
 def make_plan(
@@ -161,19 +163,33 @@ def _unknown_names(fleet: FleetSnapshot, selection: Selection, limits: Limits) -
         ("VM", fleet.vm_names(), (*selection.vms, *limits.exclude_vms)),
     )
     for kind, known, names in asked:
-        for name in dict.fromkeys(names):
-            if name not in known:
-                near = difflib.get_close_matches(name, sorted(known), n=1)
-                hint = f", did you mean {near[0]!r}?" if near else ""
-                yield Refusal(
-                    subject=name, code="name_unknown", reason=f"no {kind} of this name has reported{hint}"
-                )
+        unknown = [name for name in dict.fromkeys(names) if name not in known]
+        # A search compares the name with all of the fleet: a tenth of a second among 10,000 VMs.
+        near = _nearest(unknown[:_MOST_HINTS], known)
+        for name in unknown[:_MOST_UNKNOWN]:
+            hint = f", did you mean {near[name]!r}?" if name in near else ""
+            yield Refusal(
+                subject=name, code="name_unknown", reason=f"no {kind} of this name has reported{hint}"
+            )
+        if len(unknown) > _MOST_UNKNOWN:
+            yield Refusal(
+                subject=unknown[_MOST_UNKNOWN],
+                code="name_unknown",
+                reason=f"no {kind} of this name has reported, nor of {len(unknown) - _MOST_UNKNOWN - 1} more of those that were given",
+            )
     if not fleet.inventories:
         yield Refusal(
             subject="fleet",
             code="host_unknown",
             reason="no host has reported an inventory yet: are the host updaters running?",
         )
+
+
+def _nearest(names: Sequence[str], known: Collection[str]) -> dict[str, str]:
+    """Maps a misspelt name to the known one that is most like it, where one is."""
+    ordered = sorted(known) if names else []
+    found = {name: difflib.get_close_matches(name, ordered, n=1) for name in names}
+    return {name: near[0] for name, near in found.items() if near}
 
 
 def _contested_vms(fleet: FleetSnapshot, selection: Selection) -> Iterable[Refusal]:

@@ -11,6 +11,7 @@ import msgspec
 from caesura.bus.port import Delivery
 from caesura.contract import messages as m
 from caesura.contract.codec import MAX_PAYLOAD_BYTES, ContractError, Received, request_in
+from caesura.contract.envelope import fleet_of
 from caesura.contract.names import is_name
 from caesura.contract.reasons import ReasonCode
 from caesura.contract.topics import PREFIX
@@ -63,6 +64,7 @@ class RequestHandler:
         relay: publishes the answers.
         dispatcher: evaluates the rollouts that a request has changed.
         leadership: only a leader answers.
+        fleet: whose operators may ask.
         fleet_now: the view of the fleet that decisions read.
         now: the time of decisions.
     """
@@ -75,6 +77,7 @@ class RequestHandler:
         dispatcher: RolloutDispatcher,
         leadership: Leadership,
         *,
+        fleet: str = "default",
         fleet_now: Callable[[], FleetLookup],
         now: Callable[[], datetime],
     ) -> None:
@@ -83,12 +86,15 @@ class RequestHandler:
         self._relay = relay
         self._dispatcher = dispatcher
         self._leadership = leadership
+        self._fleet = fleet
         self._fleet_now = fleet_now
         self._now = now
         self.pending: dict[tuple[str, str], _Pending] = {}
         """Maps a client and request to the last repetition that arrived before the epoch was claimed; the newest ones."""
         self._repeated: dict[tuple[str, str], float] = {}
         """Maps a client and request to when an answer in parts was last sent."""
+        self.plans = 0
+        """Made since the start."""
         self._turn = asyncio.Lock()
         """Of the request that is being decided. A plan is made in a thread; the requests behind it wait, in the order of their arrival, so that an
         abort finds what was started before it, and a repetition the answer."""
@@ -101,16 +107,40 @@ class RequestHandler:
     async def on_request(self, request: Request, received: Received) -> None:
         """A request arrived."""
         client = received.parameters["client"]
-        if self._leadership.claimed:
+        other = fleet_of(received.header.source)
+        # An abort only stops operations: it is carried out.
+        if other not in {"", self._fleet} and not isinstance(request, m.AbortRequested):
+            await self._refuse_another_fleet(client, request, other)
+        elif self._leadership.claimed:
             late = _late(request, received.header.time, self._now())
             async with self._turn:
                 await self._answer(client, request, late)
         else:
-            self.pending.pop((client, request.request), None)
-            self._make_room()
-            self.pending[client, request.request] = _Pending(
-                request=request, asked_at=received.header.time, arrived_at=self._now()
-            )
+            self._wait_for_claim(client, request, asked_at=received.header.time)
+
+    async def _refuse_another_fleet(self, client: str, request: Request, other: str) -> None:
+        """By the one that leads: before there is one, the client repeats its request."""
+        if not self._leadership.claimed:
+            return
+        async with self._turn:
+            try:
+                if self._leadership.is_leader and self._repository.response(client, request.request) is None:
+                    _log.warning("request.of_another_fleet", client=client, fleet=other)
+                    why = (
+                        f"this is fleet {self._fleet!r}, and the request is of fleet {other!r}: is the broker's address right, or"
+                        " CAESURA_CTL_FLEET?"
+                    )
+                    self._refuse(client, request, "request_of_another_fleet", why)
+            except StoreError as error:
+                _log.error("request.failed", request=request.request, why=str(error))
+            self._relay.notify()
+
+    def _wait_for_claim(self, client: str, request: Request, *, asked_at: datetime) -> None:
+        self.pending.pop((client, request.request), None)
+        self._make_room()
+        self.pending[client, request.request] = _Pending(
+            request=request, asked_at=asked_at, arrived_at=self._now()
+        )
 
     def _make_room(self) -> None:
         """Drop the oldest request, an abort only if there are none but aborts."""
@@ -138,14 +168,20 @@ class RequestHandler:
                 _log.error("request.failed", client=parts[1], why=str(failed))
             self._relay.notify()
 
+    async def hold(self) -> None:
+        """Let later requests wait until ``answer_pending`` has answered. Call right after the claim: it is at once then."""
+        await self._turn.acquire()
+
     async def answer_pending(self) -> None:
         """Answer the requests that arrived before the epoch was claimed, and that no coordinator which led in the meantime has answered.
 
-        Call before anything is awaited after the claim: later requests wait until these are answered.
+        Call after ``hold``, which it ends.
         """
-        pending, self.pending = self.pending, {}
-        async with self._turn:
+        try:
+            pending, self.pending = self.pending, {}
             await self._answer_all(pending)
+        finally:
+            self._turn.release()
 
     async def _answer_all(self, pending: Mapping[tuple[str, str], _Pending]) -> None:
         for (client, name), each in pending.items():
@@ -226,6 +262,8 @@ class RequestHandler:
         now = self._now()
         # The fleet may change while the plan is made, as it may between the plan and its first wave: before each pause the gates
         # compare every VM and host with what is reported then. What is ours (who leads, which rollouts hold sets) is read afterwards.
+        # The bus hands nothing on in this time, so time must not pass for rollouts either: see Coordinator.
+        self.plans += 1
         fleet = self._fleet_now().snapshot(self._owners.contested())
         active = self._repository.active if request.queue else []
         name = f"{now:%Y%m%d-%H%M%S}-{new_id()[:4]}"
@@ -237,6 +275,8 @@ class RequestHandler:
             _log.warning(
                 "request.not_decided", client=client, request=request.request, why="the lead was lost"
             )
+            # As one that arrives while nobody leads: it may be this coordinator that leads next, and the broker will not send it again.
+            self._wait_for_claim(client, request, asked_at=now)
             return
         held = self._repository.holder(proposal.sets)
         if held and not request.plan_only and not request.queue:

@@ -118,6 +118,8 @@ class Coordinator:
         self.repository = RolloutRepository(store, now())
         self._now = now
         self._observed = ObservedFleet()
+        self._unread = 0
+        """Messages that waited when the last plan was ready, and that were not read since: at most so many."""
         self.leadership = Leadership(
             bus,
             self.post,
@@ -181,6 +183,7 @@ class Coordinator:
             self.relay,
             self._dispatcher,
             self.leadership,
+            fleet=fleet,
             fleet_now=lambda: self.fleet,
             now=now,
         )
@@ -305,15 +308,22 @@ class Coordinator:
         # Messages received in the meantime are processed before time passes: nothing is awaited until then.
         self._reconciler.reconcile_pending_rollouts()
         self._dispatcher.dispatch_pending()
-        await self.requests.answer_pending()
-        await self.leadership.announce()
-        if self.shared is not None and self._bus_label:
-            await self.shared.led_on(self._bus_label)
-        await self.commits.writable()
-        if self.is_leader:
-            # The broker may have lost retained messages while this one was disconnected.
-            self.relay.republish()
-        self._dispatcher.wake()
+        # Plans take their time, and no host obeys this epoch before it is announced: beside each other.
+        await self.requests.hold()
+        pending = asyncio.create_task(self.requests.answer_pending(), name="pending-requests")
+        try:
+            await self.leadership.announce()
+            if self.shared is not None and self._bus_label:
+                await self.shared.led_on(self._bus_label)
+            await self.commits.writable()
+            if self.is_leader:
+                # The broker may have lost retained messages while this one was disconnected.
+                self.relay.republish()
+            await pending
+            self._unread = self.bus.stats.unhandled
+            self._dispatcher.wake()
+        finally:
+            pending.cancel()
         await self.leadership.claim_above_equals()
 
     def _obstacle(self, epoch: int) -> str:
@@ -332,10 +342,15 @@ class Coordinator:
         return f"the end of coordinator {rival}, which leads this fleet with another store" if rival else ""
 
     def _decides(self) -> bool:
-        """Whether the shared store answers, and the broker did within half a lease: what is decided in the meantime would be announced late.
+        """Whether all that arrived by now, or by the end of the last plan, was read: time that passes for rollouts judges others by their silence.
 
-        A coordinator with a store of its own always decides: no other could.
+        And whether the shared store answers, and the broker did within half a lease: what is decided in the meantime would be announced late.
+        With a store of its own no other coordinator could.
         """
+        # First in, first out: what waits now is at least what is left of it.
+        self._unread = min(self._unread, self.bus.stats.unhandled)
+        if self.requests.deciding or self._unread:
+            return False
         if self.shared is None:
             return True
         if self.shared.waiting():
@@ -412,7 +427,14 @@ class Coordinator:
 
     async def _deliver(self, delivery: Delivery) -> None:
         await self.commits.writable()
+        plans = self.requests.plans
         await self.post.deliver(delivery)
+        if self.requests.plans != plans:
+            self._unread = self.bus.stats.unhandled
+        elif self._unread:
+            self._unread -= 1
+            if not self._unread:
+                self._dispatcher.wake()
 
     async def _on_refused(self, delivery: Delivery, error: ContractError) -> None:
         if self.shared is None or self.is_leader:

@@ -18,7 +18,7 @@ class CoordinatorSettings(ServiceSettings, frozen=True, kw_only=True):
         str,
         Meta(
             min_length=1,
-            description="Folder of the store; created with mode 0700. One coordinator uses it at a time.",
+            description="Folder of the SQLite store, or with PostgreSQL only of a lock; created with mode 0700. One coordinator uses it at a time.",
         ),
     ]
     instance: Annotated[

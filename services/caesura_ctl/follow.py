@@ -146,7 +146,7 @@ def conclude(session: Session, context: Context, state: WholeRollout) -> None:
         context.console.print(pauses_view(pauses, session.fleet_view.clocks))
         if not complete:
             context.console.print(
-                "Only the pauses that this command received: it started after some of them."
+                "Only the pauses that this command received: it started after some of them, or lost the broker for a while."
             )
     if state.status != "completed":
         why = f"rollout {state.rollout} {state.status}: {_reason(state) or 'no reason given'}"

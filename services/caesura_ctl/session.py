@@ -160,6 +160,8 @@ class Session:
             NoCoordinatorAnswer: nobody asked the writers.
         """
         loop = asyncio.get_running_loop()
+        # Silence counts from here: what is retained is sent when the subscriptions are, and not since this was made.
+        self._last = max(self._last, loop.time())
         if self.resync.enabled:
             try:
                 async with asyncio.timeout(ANSWER_S):

@@ -9,6 +9,7 @@ from caesura.runtime.logs import get_logger
 from caesura_host_updater.drivers.port import Driver, MembershipCapable
 from caesura_host_updater.guard_client import GuardClient, GuardUnavailable
 from caesura_host_updater.vm_view import plan_of
+from caesura_vmcontrol.libvirt_connections import open_ahead
 from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
 from caesura_vmcontrol.resume_plans import ResumePlan
 
@@ -16,7 +17,7 @@ _log = get_logger("caesura.guard_client")
 
 
 class GuardInspection:
-    """See the module. It also has the guard open its connections to libvirt, which polkit authenticates.
+    """See the module. It also has the guard open its connections to libvirt, which polkit authenticates, and opens ours.
 
     Args:
         vms: the names of those that there are.
@@ -48,9 +49,12 @@ class GuardInspection:
         while True:
             await self._wanted.wait()
             self._wanted.clear()
-            plans = self._plans()
-            if not plans or self._is_busy():
+            if self._is_busy():
                 continue
+            plans = self._plans()
+            if not plans:
+                continue
+            open_ahead(plans)  # a pause may begin, of all of them perhaps, and polkit may be slow
             try:
                 if await self._guard.inspect(plans):
                     self._on_change()

@@ -32,6 +32,8 @@ Ask = Callable[[ClockSyncRequested], Awaitable[None]]
 
 _STEPS_KEPT = 16  # a pause that is announced late is still matched with the step that corrected it
 _SILENCE = 4  # exchanges lost in a row: there is no peer to answer, waiting for more only delays the verdict
+# After a pause there is one, which has just announced it and waits 10 s for the verdict: a busy machine may keep all of them silent for seconds.
+_SILENCE_AFTER_PAUSE = 16
 
 _log = get_logger("caesura.agent")
 
@@ -84,7 +86,7 @@ class ClockSync:
         rounds: list[NtpSample | None] = []
         answers = steps = 0
         while True:
-            samples = await self._measure()
+            samples = await self._measure(_SILENCE_AFTER_PAUSE if resumed else _SILENCE)
             answers += len(samples)
             rounds.append(best(samples))
             step = next_step(
@@ -124,12 +126,16 @@ class ClockSync:
             refused_step_s=None if step.refused_ns is None else step.refused_ns / NS_PER_S,
         )
 
-    async def _measure(self) -> list[NtpSample]:
-        """One round of exchanges, one after the other: side by side they would delay each other."""
+    async def _measure(self, silence: int) -> list[NtpSample]:
+        """One round of exchanges, one after the other: side by side they would delay each other.
+
+        Args:
+            silence: exchanges, all lost, after which it ends without a sample.
+        """
         samples: list[NtpSample] = []
-        for tried in range(self._policy.exchanges):
-            if tried >= _SILENCE and not samples:
-                break
+        tried = 0
+        while tried < (self._policy.exchanges if samples else silence):
+            tried += 1
             sample = await self._exchange()
             if sample is not None:
                 samples.append(sample)

@@ -2,6 +2,10 @@
 
 Each connection is authenticated by polkit, which looks at one client after the other and may ask a directory service: in a pause, with a
 connection for each look at each domain, nobody's turn would come in time. The daemon carries out a connection's calls side by side.
+
+A call that waits for a domain's job keeps one of the daemon's workers for up to half a minute, also when its client has left. While one is
+not answered no other is sent for that domain: one QEMU that hangs would take all workers within seconds, and with them every other domain's
+way out.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from caesura_vmcontrol.libvirt_rpc import (
     LibvirtPlan,
     LibvirtSilent,
     answer_of,
+    awaited_job,
     call_message,
 )
 
@@ -33,19 +38,44 @@ _MOST_CALLS = 5
 """The daemon reads no more from one connection before it has answered one (max_client_requests)."""
 _MOST_CONNECTIONS = 5
 """To one daemon: with four leases each as many calls as it has workers (max_workers)."""
+_MOST_OPEN = 20
+"""The same with those that get no further users: each of them has a call that keeps a worker."""
+_JOB_WAIT_S = 30.0
+"""s: the daemon lets a call wait so long for the domain's job (``VIR_JOB_WAIT_TIME``)."""
 _NO_END_S = 1e6
 
 
-class _PendingCall:
-    """A call under way. ``sent_at``: CLOCK_MONOTONIC, s; infinite: it is not sent yet; minus infinite: it was not answered in time."""
+class CallUnanswered(LibvirtSilent):
+    """Nothing was sent: the daemon has not answered an earlier call for the domain. ``has_ended``: set when that has an answer, or can get none."""
 
-    def __init__(self, procedure: int) -> None:
+    def __init__(self, path: str, has_ended: threading.Event) -> None:
+        self.has_ended = has_ended
+        super().__init__(f"libvirt at {path} has not answered an earlier call for this domain")
+
+
+class _PendingCall:
+    """A call under way.
+
+    ``awaits``: the domain whose job it waits for. ``sent_at``: CLOCK_MONOTONIC, s; infinite: it is not sent yet.
+    """
+
+    def __init__(self, procedure: int, awaits: bytes) -> None:
         self.procedure = procedure
+        self.awaits = awaits
         self.sent_at = math.inf
+        self.has_timed_out = False
         self.is_abandoned = False
         self.has_ended = threading.Event()
         self.status, self.body = 0, b""
         self.error: OSError | None = None
+
+    def is_late(self, now: float) -> bool:
+        """Whether it has waited longer than an answer takes."""
+        return self.has_timed_out or self.sent_at < now - RPC_S
+
+    def awaits_job(self, now: float) -> bool:
+        """Whether the daemon may still let it wait for its domain's job."""
+        return bool(self.awaits) and self.is_late(now) and now - self.sent_at < _JOB_WAIT_S
 
 
 class _SharedConnection(Libvirt):
@@ -69,7 +99,6 @@ class _SharedConnection(Libvirt):
         """Of the pool, and under its lock."""
         try:
             self._writer = self._socket.dup()
-            threading.Thread(target=self._receive, name=f"libvirt at {path}", daemon=True).start()
         except BaseException:
             self._socket.close()
             raise
@@ -86,9 +115,29 @@ class _SharedConnection(Libvirt):
     @property
     def is_usable(self) -> bool:
         """Whether no call has waited too long for its answer."""
-        overdue = time.monotonic() - RPC_S
+        now = time.monotonic()
         with self._lock:
-            return self._error is None and all(call.sent_at >= overdue for call in self._calls.values())
+            return self._error is None and not any(call.is_late(now) for call in self._calls.values())
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody uses it, and the daemon is busy with nothing of it."""
+        with self._lock:
+            return not self.leases and not self._calls
+
+    @property
+    def awaits_job(self) -> bool:
+        """Whether a call on it may still wait for a domain's job: its answer, or the connection's end, tells when that is over."""
+        now = time.monotonic()
+        with self._lock:
+            return any(call.awaits_job(now) for call in self._calls.values())
+
+    def unanswered(self, domain: bytes) -> _PendingCall | None:
+        """The call on it that waits for this domain's job, if there is one."""
+        now = time.monotonic()
+        with self._lock:
+            calls = [call for call in self._calls.values() if call.awaits == domain and call.awaits_job(now)]
+        return calls[0] if calls else None
 
     def ask(
         self, procedure: int, arguments: bytes, until: float, answer_s: float, on_sent: Callable[[], None]
@@ -102,7 +151,7 @@ class _SharedConnection(Libvirt):
         """
         now = time.monotonic()
         by = min(until, now + answer_s)
-        call = _PendingCall(procedure)
+        call = _PendingCall(procedure, awaited_job(procedure, arguments))
         with self._lock:
             if self._error is not None:
                 raise self._error
@@ -121,8 +170,8 @@ class _SharedConnection(Libvirt):
         on_sent()
         if not call.has_ended.wait(min(max(by - time.monotonic(), 0), _NO_END_S)):
             # Its answer may come yet. Who had little time left says nothing about the daemon.
-            if by - now >= min(answer_s, RPC_S):
-                call.sent_at = -math.inf
+            if until - now >= min(answer_s, RPC_S):
+                call.has_timed_out = True
             call.is_abandoned = True
             raise self._silent()
         if call.error is not None:
@@ -164,8 +213,8 @@ class _SharedConnection(Libvirt):
             raise self._silent()
         return left
 
-    def _receive(self) -> None:
-        """In a thread, until the connection ends."""
+    def receive(self) -> None:
+        """Hand out the answers, until the connection ends. Blocking."""
         try:
             while True:
                 message = self._message()
@@ -221,6 +270,7 @@ class _Lease(Libvirt):
 
     def _exchange(self, procedure: int, arguments: bytes, answer_s: float) -> tuple[int, bytes]:
         self.sent = False
+        self._pool.refuse_second(awaited_job(procedure, arguments))
         return self._connection.ask(procedure, arguments, self._until, answer_s, self._on_sent)
 
     def _on_sent(self) -> None:
@@ -247,7 +297,7 @@ class _Pool:
         """Begin to open what so many users need. Does not wait."""
         wanted = min(math.ceil(users / _MOST_LEASES), _MOST_CONNECTIONS)
         with self._changed:
-            while len(self._usable()) + self._opening < wanted and self._begin_opening():
+            while len(self._usable()) + self._opening < wanted and self._has_room() and self._begin_opening():
                 pass
 
     def lease(self, until: float, answer_s: float, opening_s: float) -> Libvirt:
@@ -276,7 +326,7 @@ class _Pool:
             if not usable and not self._opening and self._failures > failures:
                 raise self._error
             is_wanted = self._waiting > self._opening * _MOST_LEASES
-            if is_wanted and usable + self._opening < _MOST_CONNECTIONS:
+            if is_wanted and usable + self._opening < _MOST_CONNECTIONS and self._has_room():
                 has_begun = self._begin_opening()
                 if not has_begun and not usable and not self._opening:
                     return None
@@ -296,6 +346,15 @@ class _Pool:
             self._usable()
             self._changed.notify()
 
+    def refuse_second(self, domain: bytes) -> None:
+        """Raises CallUnanswered: a call waits for this domain's job; empty: the call that is to be sent waits for none."""
+        if not domain:
+            return
+        with self._changed:
+            for each in self._connections:
+                if call := each.unanswered(domain):
+                    raise CallUnanswered(self._path, call.has_ended)
+
     def _free(self, ahead: int) -> _SharedConnection | None:
         """The connection with the most room, if there is more than those need who wait."""
         room = {each: each.free_leases for each in self._connections}
@@ -304,23 +363,41 @@ class _Pool:
         return max(room, key=lambda each: room[each])
 
     def _usable(self) -> list[_SharedConnection]:
-        """Closes those that are not, and that nobody uses."""
+        """Closes those that are not, that nobody uses, and whose calls wait for no domain; and idle ones that are too many."""
         usable = [each for each in self._connections if each.is_usable]
-        for each in [each for each in self._connections if each not in usable and not each.leases]:
-            self._connections.remove(each)
-            each.close()
+        for each in [each for each in self._connections if each not in usable]:
+            if not each.leases and not each.awaits_job:
+                self._close(each)
+        for each in [each for each in usable[_MOST_CONNECTIONS:] if each.is_idle]:
+            usable.remove(each)
+            self._close(each)
         return usable
+
+    def _has_room(self) -> bool:
+        """Whether one more may be open. Of those that are only kept for an answer the oldest is closed for it."""
+        if len(self._connections) + self._opening < _MOST_OPEN:
+            return True
+        kept = [each for each in self._connections if not each.leases and not each.is_usable]
+        if kept:
+            self._close(kept[0])
+        return bool(kept)
+
+    def _close(self, connection: _SharedConnection) -> None:
+        self._connections.remove(connection)
+        connection.close()
 
     def _begin_opening(self) -> bool:
         try:
-            threading.Thread(target=self._open, name=f"open libvirt at {self._path}", daemon=True).start()
+            threading.Thread(target=self._open, name=f"libvirt at {self._path}", daemon=True).start()
         except RuntimeError:  # the host cannot start a thread
             return False
         self._opening += 1
         return True
 
     def _open(self) -> None:
+        """In a thread, which then hands out the answers: a second one may be refused by the host."""
         error: OSError | None = None
+        connection: _SharedConnection | None = None
         try:
             until = time.monotonic() + OPENING_S
             connection = _SharedConnection(self._path, self._uri, until, self._look)
@@ -330,12 +407,14 @@ class _Pool:
             error = LibvirtGone(f"libvirt at {self._path} cannot be asked: {failure!r}")
         with self._changed:
             self._opening -= 1
-            if error is None:
+            if connection is not None:
                 self._connections.append(connection)
-            else:
+            elif error is not None:
                 self._failures += 1
                 self._error = error
             self._look()
+        if connection is not None:
+            connection.receive()
 
     def _look(self) -> None:
         """Something has changed."""

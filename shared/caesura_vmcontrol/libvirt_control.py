@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from caesura_vmcontrol import libvirt_rpc
 from caesura_vmcontrol.freezer_control import Condition
-from caesura_vmcontrol.libvirt_connections import RPC_S, daemon_at
+from caesura_vmcontrol.libvirt_connections import RPC_S, CallUnanswered, daemon_at
 from caesura_vmcontrol.libvirt_rpc import Domain, Libvirt, LibvirtPlan, LibvirtRefused
 from caesura_vmcontrol.process_control import is_held
 from caesura_vmcontrol.procfs import alive
@@ -34,6 +34,8 @@ _DAEMON_S = 5.0
 _LOOKS_S = 10.0
 """s: the same for all domains of a host."""
 _QMP_S = 0.5
+_AGAIN_S = 0.05
+"""s: the least between two tries to resume a domain whose last call is not answered: each asks the daemon for its state."""
 _RUNS = (libvirt_rpc.RUNNING, libvirt_rpc.BLOCKED, libvirt_rpc.SUSPENDED)
 _ENDED = (libvirt_rpc.SHUTDOWN, libvirt_rpc.SHUTOFF, libvirt_rpc.CRASHED)
 
@@ -169,6 +171,8 @@ def resume_domain(plan: LibvirtPlan) -> None:
         if _is_over(plan, error):
             return
         if not _resume_by_qmp(plan):
+            if isinstance(error, CallUnanswered):
+                error.has_ended.wait(_AGAIN_S)
             raise
     else:
         if look.busy:

@@ -283,6 +283,16 @@ def answer_of(message: Message) -> tuple[int, int, int]:
     return (serial if (program, kind) == (_PROGRAM, _REPLY) else 0, answered, status)
 
 
+def awaited_job(procedure: int, arguments: bytes) -> bytes:
+    """The domain, as it is sent, in its life, whose job a call waits for in the daemon; empty: for none, or it is a suspend.
+
+    Questions about its job wait for it, too (``qemuDomainGetJobStatsInternal``); those about its state do not.
+    """
+    if procedure == _RESUME:
+        return arguments
+    return arguments[:-4] if procedure == _GET_JOB_STATS else b""  # without the flags
+
+
 def _text(value: str) -> bytes:
     data = value.encode()
     return struct.pack(">I", len(data)) + data + bytes(-len(data) % 4)

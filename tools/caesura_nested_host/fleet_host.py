@@ -16,7 +16,7 @@ from caesura_nested_host.guests import MEMORY, GuestPause, guest_pause
 from caesura_nested_host.image import CARVE_OUT, Image
 from caesura_nested_host.machine import FIRST, SECOND, CommandFailed, HostEnded, NestedHost
 
-SLOW = frozenset(("kernel_not_ready", "prepare_failed", "freeze_failed"))
+SLOW = frozenset(("kernel_not_ready", "method_unavailable", "prepare_failed", "freeze_failed"))
 """Codes of a host whose guests stayed in the old kernel since QEMU or the host was too slow: nothing is quick in the emulation of a busy machine."""
 _FIGURES = "/var/lib/caesura/host-updater/kexec-figures.json"
 _GUESTS = {"a": FIRST, "b": SECOND}

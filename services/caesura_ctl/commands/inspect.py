@@ -32,6 +32,9 @@ from caesura_ctl.tables import (
 from caesura_ctl.updates_table import updates_view
 from caesura_ctl.version_skew import not_together
 
+_THINGS = ("the store", "the broker", "the end of ", "a sign of ", "its next try")
+"""How what a standby waits for begins where it is a thing, and not a sentence of its own."""
+
 
 @click.command(epilog=epilog("caesura status", "caesura status --json"))
 @common
@@ -69,14 +72,20 @@ def status(broker: str | None, *, as_json: bool) -> None:
             return
         boss = fleet_view.coordinator
         context.console.print(
-            f"coordinator: {boss.coordinator}, epoch {boss.epoch}, {'online' if boss.online else 'OFFLINE'}"
+            # A last will has no epoch.
+            f"coordinator: {boss.coordinator}, {f'epoch {boss.epoch}, ' if boss.epoch else ''}{'online' if boss.online else 'OFFLINE'}"
             if boss
             else "coordinator: never seen on this broker"
         )
         for each in sorted(
             fleet_view.coordinators.values(), key=lambda each: (not each.leads, each.coordinator)
         ):
-            role = _role(each, boss.epoch if boss else 0, fleet_view.silence_s(each.coordinator))
+            role = _role(
+                each,
+                boss.epoch if boss else 0,
+                fleet_view.silence_s(each.coordinator),
+                announced_gone=boss is not None and not boss.online,
+            )
             context.console.print(Text(f"  {each.coordinator}: {role}"))
         silent = sorted(
             vm
@@ -99,26 +108,33 @@ def status(broker: str | None, *, as_json: bool) -> None:
     run(body, broker, as_json=as_json)
 
 
-def _role(coordinator: m.CoordinatorStatus, epoch: int, silence_s: float = 0.0) -> str:
+def _role(
+    coordinator: m.CoordinatorStatus, epoch: int, silence_s: float = 0.0, *, announced_gone: bool = False
+) -> str:
     """What one of several coordinators does, in words.
 
     Args:
         epoch: of the one that leads.
         silence_s: how long it has announced nothing while another did; 0: it may be there.
+        announced_gone: whether the one that led is gone, as the broker says, and no other leads.
     """
+    if coordinator.leads and announced_gone:
+        return f"led with epoch {coordinator.epoch}, it is not on the broker"
     if coordinator.leads and coordinator.epoch < epoch:  # it was killed: nobody takes back what it said last
         return f"led with epoch {coordinator.epoch}, it has sent nothing since"
+    if coordinator.leads:
+        silence_s = 0.0  # it is on the bus: the clock of another one is ahead
     if coordinator.online and silence_s:
-        return f"{'led' if coordinator.leads else 'stood by'}, it has sent nothing for {silence_s:.0f} s"
+        return f"stood by, it has sent nothing for {silence_s:.0f} s"
     role = "leads" if coordinator.leads else "stands by" if coordinator.online else "OFFLINE"
     if not coordinator.waits_for:
         return role
     # Nothing that it decides is stored, so no rollout moves until then.
-    return (
-        f"{role}, rollouts wait for {coordinator.waits_for}"
-        if coordinator.leads
-        else f"{role}: {coordinator.waits_for}"
-    )
+    if coordinator.leads:
+        return f"{role}, rollouts wait for {coordinator.waits_for}"
+    if coordinator.waits_for.startswith(_THINGS):
+        return f"{role}, waits for {coordinator.waits_for}"
+    return f"{role}: {coordinator.waits_for}"
 
 
 def _online(agent: m.AgentPresence | None) -> bool:

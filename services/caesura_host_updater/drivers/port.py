@@ -9,7 +9,7 @@ One conformance suite (``caesura.conformance.drivers``) holds every driver to it
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
@@ -221,8 +221,12 @@ class MembershipCapable(Protocol):
 class AdoptionCapable(Protocol):
     """A driver whose platform may not name a VM that was paused before the start, though its process lives."""
 
-    def adopt(self, plans: Iterable[ResumePlan]) -> None:
-        """Have these as VMs of an operation, until ``release``, where the platform does not have them. Called once, when the driver is open."""
+    def adopt(self, plans: Iterable[ResumePlan]) -> Collection[str]:
+        """Have these as VMs of an operation, until ``release``, where the platform does not have them. Called once, when the driver is open.
+
+        Returns:
+            The names of those.
+        """
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -266,9 +266,10 @@ class CrashRecovery:
     async def _resume_left_paused(self) -> None:
         """The driver's way for marked VMs that do not run by now; what somebody else paused is left to them."""
         marked = await self._pauses.read()
+        adopted: Collection[str] = ()
         if isinstance(self._driver, AdoptionCapable):
             now = boot_id()
-            self._driver.adopt(
+            adopted = self._driver.adopt(
                 each.plan for each in marked.values() if each is not None and each.boot_id == now
             )
         states = await self._driver.read_states()
@@ -290,11 +291,7 @@ class CrashRecovery:
                 self._resumed[vm] = time.monotonic()
             self._pauses.remove([vm])
             settled[vm].set()
-            await self._guard_released.wait()
-            try:
-                await self._driver.release(vm)
-            except DriverError as error:
-                _log.error("vm.not_released", vm=vm, why=error.why)
+            await self._release(vm)
 
         tasks = {vm: asyncio.create_task(resume(vm)) for vm in ours}
         if tasks:
@@ -304,10 +301,18 @@ class CrashRecovery:
                     for each in settled.values():
                         await each.wait()
         self._resuming = set(tasks.values())
+        self._resuming |= {asyncio.create_task(self._release(vm)) for vm in adopted if vm not in ours}
         self.late = [task for vm, task in tasks.items() if not settled[vm].is_set()]
         # Those of VMs that run (an updater that died between marker and freeze, or between resume and removal), that
         # ended, that somebody else has paused since, or that are not in the host file any more.
         self._pauses.remove(vm for vm in marked if vm not in ours)
+
+    async def _release(self, vm: str) -> None:
+        await self._guard_released.wait()
+        try:
+            await self._driver.release(vm)
+        except DriverError as error:
+            _log.error("vm.not_released", vm=vm, why=error.why)
 
     async def _give_up(self, vm: str) -> bool:
         """A VM of another boot whose operation the guard does not hold, or knows to be lost, waits in its files for nobody.

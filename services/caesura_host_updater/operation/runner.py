@@ -70,6 +70,7 @@ from caesura_host_updater.pause_markers import NotMarked
 from caesura_host_updater.update_process import UpdateNotStarted, UpdateProcess, update_environ
 from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.kernel_change import KernelChange
+from caesura_vmcontrol.libvirt_connections import open_ahead
 from caesura_vmcontrol.resume_plans import ResumePlan
 
 _PUBLISH_S = 0.5  # s: for the broker to have the facts of a pause before the host leaves it
@@ -308,6 +309,7 @@ class OperationRunner:
     async def _arm(self, deadline: float) -> None:
         try:
             plans = [guard_plan(self._driver, vm.vm) for vm in self.state.vms]
+            open_ahead(plans)  # before the first pause: polkit may be slow
             await self._pauses.write(self.state.operation, plans)
             self._may_be_armed = True  # also where its answer is lost
             await self._guard.arm(self.state.operation, deadline, plans, self._change())

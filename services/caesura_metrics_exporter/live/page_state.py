@@ -51,10 +51,10 @@ class LivePageState:
         """The known ones."""
         self._offline_since: dict[str, float] = {}
         self._led = False
+        """Whether a coordinator was on the bus, as last shown."""
         self._mono = 0.0
         """The exporter's monotonic clock at the last message or tick, s."""
         self._standby_before = ""
-        """Whether a coordinator was on the bus, as last shown."""
         self._broker = "not connected yet"
         self._broker_since = 0.0
 

@@ -104,6 +104,7 @@ class ReconnectingBus(ABC):
     @property
     def stats(self) -> BusStats:
         """Live counters; the same object for the life of the bus."""
+        self._stats.unhandled = len(self._inbox)
         self._stats.backlog = len(self._inbox) + len(self._unacknowledged)
         return self._stats
 

@@ -323,7 +323,7 @@ class MqttBus(ReconnectingBus):
                 "bus.connection_unstable",
                 in_a_row=self._short_lives,
                 client_id=self.options.client_id,
-                advice="look in the broker's log; does another client connect with the same client id?",
+                advice="look in the broker's log; does another client connect with the same client id, or as the same user?",
             )
             return self._backoff.longest_s()
         return self._backoff.next_s()

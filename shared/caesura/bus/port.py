@@ -86,6 +86,8 @@ class BusStats(msgspec.Struct):
     """Maps a party to the number of its messages above their writer's rate, or retained on a topic that retains nothing."""
     backlog: int = 0
     """Messages received and not yet handled, or handled and not yet acknowledged."""
+    unhandled: int = 0
+    """Messages received that wait for the handler, without the one that it has."""
     last_error: str = ""
 
 

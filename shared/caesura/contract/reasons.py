@@ -53,6 +53,7 @@ ReasonCode = Literal[
     "agent_silent",
     "agent_not_ready",
     # Why a request or a message is refused.
+    "request_of_another_fleet",
     "rollout_unknown",
     "rollout_state",
     "report_outstanding",
@@ -134,6 +135,7 @@ DESCRIPTIONS: Final[Mapping[ReasonCode, str]] = {
     "agent_offline": "The VM's agent is not on the bus.",
     "agent_silent": "The agent did not answer the event by NotBefore.",
     "agent_not_ready": "The agent's prepare hook says that the guest may not be paused now.",
+    "request_of_another_fleet": "The operator's command is set to another fleet than the coordinator.",
     "rollout_unknown": "There is no rollout with this id; or, if none was named, there is none or more than one to choose from.",
     "rollout_state": "The rollout is in a state that does not allow what was asked.",
     "report_outstanding": "A host never reported how its operation ended, so the rollout cannot be resumed.",

@@ -19,7 +19,7 @@ import psycopg
 from psycopg import sql
 
 from caesura.runtime.errors import NewerStore, StoreError
-from caesura.runtime.postgresql_options import PostgresOptions
+from caesura.runtime.postgresql_options import PostgresOptions, advice
 from caesura.runtime.shared_rows import Content, Row, TableChanges, TableColumns, WrongStore
 
 OLDEST = 14
@@ -423,7 +423,8 @@ class PostgresRows:
                     session.close()
             if not isinstance(error, psycopg.Error):
                 raise
-            failed = StoreError(f"{what} {self.label}: {' '.join(str(error).split())}")
+            why = " ".join(str(error).split())
+            failed = StoreError(". ".join(filter(None, (f"{what} {self.label}: {why}", advice(why)))))
             failed.temporary = True
             raise failed from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 import msgspec
@@ -122,10 +123,28 @@ class PostgresOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def label(self) -> str:
-        """The database, for people."""
+        """The database, for people: with the ports that the URL names, since a machine may have two servers."""
         given = self.parameters()
-        where = given.get("host") or given.get("hostaddr")
+        hosts = str(given.get("host") or given.get("hostaddr")).split(",")
+        ports = str(given.get("port") or "").split(",")
+        ports = ports * len(hosts) if len(ports) == 1 else ports
+        where = ",".join(_address(host, port) for host, port in zip_longest(hosts, ports, fillvalue=""))
         return f"postgresql://{where}/{given['dbname']}"
+
+
+def advice(why: str) -> str:
+    """What to do about an error of libpq that does not say it; empty: it does, or nobody knows."""
+    if "password authentication failed" in why:
+        return "Is it the password of that role? CAESURA_COORDINATOR_STORE_PASSWORD_FILE is read at the start"
+    if "no password supplied" in why:
+        return "Set CAESURA_COORDINATOR_STORE_PASSWORD_FILE to the file with the password"
+    return ""
+
+
+def _address(host: str, port: str) -> str:
+    if ":" in host:
+        host = f"[{host}]"
+    return f"{host}:{port}" if port else host
 
 
 def _hosts(given: Mapping[str, Any]) -> list[str]:

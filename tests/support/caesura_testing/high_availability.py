@@ -83,13 +83,14 @@ async def _tell(server: PostgresServer, sandbox: Sandbox, session: Session) -> i
         return state is not None and state.status in {"completed", "halted", "aborted"}
 
     await sandbox.until(over, 120, "the end of the rollout")
-    status = view.rollouts[answer.rollout].status
+    state = view.rollouts[answer.rollout]
     for pause in sandbox.watch.pauses:
         say(
             f"{pause.vm} was paused for {(pause.ended or time.monotonic()) - pause.begun:.1f} s, says the kernel"
         )
-    say(f"rollout {answer.rollout}: {status}")
-    return int(status != "completed")
+    # Of a halt the reason begins with the status.
+    say(f"rollout {answer.rollout}: {state.reason or state.status}")
+    return int(state.status != "completed")
 
 
 if __name__ == "__main__":

@@ -72,6 +72,18 @@ LANES = {
         "NO_MKDOCS_2_WARNING=1 mkdocs build --strict",
         fast=True,
     ),
+    "integration": Lane(
+        "tests/integration: real Mosquitto, embedded broker, frozen processes, HTTP, promtool",
+        "pytest -q -m 'not nats' tests/integration",
+    ),
+    "clusters": Lane(
+        f"tests/e2e/{{{','.join(_CLUSTERS)}}}: coordinators that share PostgreSQL, brokers of three nodes",
+        "pytest -q -m 'not nats' " + " ".join(f"tests/e2e/{name}" for name in _CLUSTERS),
+    ),
+    "journeys": Lane(
+        f"tests/e2e/{{{','.join(_JOURNEYS)}}}: what people see and type, and QEMU guests",
+        "pytest -q " + " ".join(f"tests/e2e/{name}" for name in _JOURNEYS),
+    ),
     "e2e": Lane(
         "tests/e2e: the installed commands as processes, faults included",
         "pytest -q tests/e2e "
@@ -85,22 +97,6 @@ LANES = {
             )
         ),
     ),
-    "hosts": Lane(
-        f"tests/e2e/{{{','.join(_HOSTS)}}}: a host with its guard; libvirt, Proxmox",
-        "pytest -q " + " ".join(f"tests/e2e/{name}" for name in _HOSTS),
-    ),
-    "journeys": Lane(
-        f"tests/e2e/{{{','.join(_JOURNEYS)}}}: what people see and type, and QEMU guests",
-        "pytest -q " + " ".join(f"tests/e2e/{name}" for name in _JOURNEYS),
-    ),
-    "clusters": Lane(
-        f"tests/e2e/{{{','.join(_CLUSTERS)}}}: coordinators that share PostgreSQL, brokers of three nodes",
-        "pytest -q -m 'not nats' " + " ".join(f"tests/e2e/{name}" for name in _CLUSTERS),
-    ),
-    "integration": Lane(
-        "tests/integration: real Mosquitto, embedded broker, frozen processes, HTTP, promtool",
-        "pytest -q -m 'not nats' tests/integration",
-    ),
     "compose": Lane(
         "tests/e2e/{containers,compose}: containers as VMs; docker compose up; engines of their own, stand-in images (root; minutes)",
         """
@@ -108,6 +104,10 @@ LANES = {
         pytest -q tests/e2e/containers
         pytest -q -s tests/e2e/compose
         """,
+    ),
+    "hosts": Lane(
+        f"tests/e2e/{{{','.join(_HOSTS)}}}: a host with its guard; libvirt, Proxmox",
+        "pytest -q " + " ".join(f"tests/e2e/{name}" for name in _HOSTS),
     ),
     "types": Lane("mypy --strict", "mypy", fast=True),
     "unit": Lane(

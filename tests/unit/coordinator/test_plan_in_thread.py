@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -128,6 +129,91 @@ async def test_the_event_loop_turns_while_a_plan_is_made(world: World) -> None:
     assert len(leader.repository.active) == 1
 
 
+@pytest.mark.parametrize("said", ["ready", "another domain paused"])
+async def test_no_time_passes_for_rollouts_while_what_arrives_is_not_read(
+    world: World, host: Callable[..., Any], build: Callable[..., Any], said: str
+) -> None:
+    """A dry run of a large fleet must not make an agent silent that has answered, nor open a gate that a report closes."""
+    leader = await world.coordinator()
+    await eventually(lambda: leader.is_leader)
+    mine = {"epoch": leader.authority.epoch, "coordinator": leader.authority.coordinator}
+    await world.report(host("h1", build("w1", domain=0), **mine))
+    await world.report(host("h2", build("w2", domain=1), **mine))
+    for vm in ("w1", "w2"):
+        await world.post.send(m.AgentPresence(vm=vm, online=True, boot_id="b"), vm=vm)
+    commanded: list[str] = []
+
+    async def on_start(command: m.StartOperation, _: Received) -> None:
+        commanded.append(command.host)
+
+    world.post.subscribe(m.StartOperation, on_start)
+    world.plans.allowed.set()
+    await world.ask(m.RolloutRequested(request="q", update="patch", policy=m.Policy(notice_s=1.0)))
+    await eventually(lambda: any(each.waves[0].status == "scheduled" for each in leader.repository.active))
+    world.plans.allowed.clear()
+    (rollout,) = leader.repository.active
+    ready = m.VmReady(vm="w1", event_id=rollout.waves[0].events[0].event_id, ready=True)
+    if said != "ready":
+        await world.post.send(ready, vm="w1")
+        await eventually(lambda: bool(leader.repository.active[0].waves[0].readiness))
+    await world.ask(_start("dry", plan_only=True))
+    await world.until_planning("q", "dry")
+    if said == "ready":
+        await world.post.send(ready, vm="w1")
+    else:
+        await world.report(host("h2", build("w2", domain=1, state="paused"), **mine))
+    begins = rollout.waves[0].not_before
+    assert begins is not None
+    judged = begins + timedelta(seconds=1)  # with the next tick after it, at the latest
+    await eventually(lambda: datetime.now(UTC) > judged)
+    assert leader.repository.active[0].status == "running"
+    assert not commanded
+    world.plans.allowed.set()
+    if said == "ready":
+        await eventually(lambda: commanded == ["h1"])
+    else:
+        await eventually(lambda: any(each.request == "dry" for each in world.answers))
+        await eventually(lambda: leader.fleet.inventories["h2"].vms[0].state == "paused")
+        assert not commanded
+
+
+async def test_a_take_over_is_announced_before_the_plans_of_those_who_waited_are_made(world: World) -> None:
+    """No host obeys the new epoch before, so the rollouts that were taken over would stand."""
+    settled = asyncio.Event()
+    seen: list[int] = []
+
+    async def on_coordinator(presence: m.CoordinatorPresence, _: Received) -> None:
+        seen.append(presence.epoch)
+
+    world.post.subscribe(m.CoordinatorPresence, on_coordinator)
+    leader = await world.coordinator(settled=settled)
+    await world.ask(_start("first"))
+    await eventually(lambda: len(leader.requests.pending) == 1)
+    settled.set()
+    await world.until_planning("first")
+    await eventually(lambda: leader.authority.epoch in seen)
+    assert not world.answers
+
+
+async def test_requests_of_another_fleet_are_refused_by_name_and_an_abort_is_carried_out(
+    world: World,
+) -> None:
+    """A pipeline with the address of the wrong broker must not update the wrong cell."""
+    leader = await world.coordinator()
+    await eventually(lambda: leader.is_leader)
+    world.plans.allowed.set()
+    other = MessageClient(world.post.bus, "/caesura/berlin/ctl/ops")
+    await other.send(_start("q"), client="ops")
+    await eventually(lambda: len(world.answers) == 1)
+    assert world.answers[0].codes == ("request_of_another_fleet",)
+    assert "fleet 'default'" in world.answers[0].reason
+    assert "fleet 'berlin'" in world.answers[0].reason
+    await world.ask(_start("mine"))
+    await eventually(lambda: len(leader.repository.active) == 1)
+    await other.send(m.AbortRequested(request="a", reason="stop"), client="ops")
+    await eventually(lambda: [each.status for each in leader.repository.rollouts.values()] == ["aborted"])
+
+
 async def test_an_abort_behind_a_start_whose_plan_is_being_made_ends_what_it_started(world: World) -> None:
     leader = await world.coordinator()
     await world.ask(_start("q"))
@@ -170,6 +256,7 @@ async def test_a_coordinator_that_loses_the_lead_while_it_plans_starts_nothing(w
     await eventually(lambda: not leader.requests.deciding)
     assert not leader.repository.rollouts
     assert leader.repository.response("ops", "q") is None, "the next leader answers it"
+    assert [name for _, name in leader.requests.pending] == ["q"], "which may be this one"
 
 
 @pytest.mark.parametrize("refused", [True, False])

@@ -350,11 +350,12 @@ class _StandsBy:
         with self._patch.context() as patch:
             patch.setattr(self._requests, "_leadership", SimpleNamespace(claimed=False, is_leader=False))
             for each in asked:
-                header = SimpleNamespace(time=datetime.now(UTC))
+                header = SimpleNamespace(time=datetime.now(UTC), source="/caesura/default/ctl/ops")
                 received: Any = SimpleNamespace(parameters={"client": "ops"}, header=header)
                 await self._requests.on_request(each, received)
         with self._patch.context() as patch:
             patch.setattr(self._requests, "_now", lambda: datetime.now(UTC) + timedelta(seconds=later_s))
+            await self._requests.hold()
             await self._requests.answer_pending()
 
 

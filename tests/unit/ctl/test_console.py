@@ -90,11 +90,38 @@ def test_a_leader_that_was_killed_is_not_shown_as_one() -> None:
     """Its last word stays on the bus: only the epoch of the next one tells."""
     killed = m.CoordinatorStatus(coordinator="one", online=True, leads=True, epoch=4)
     assert _role(killed, 4) == "leads"
+    assert _role(killed, 4, 300.0) == "leads", "it is on the bus: another one's clock is ahead"
     assert _role(killed, 5) == "led with epoch 4, it has sent nothing since"
+    # Nobody took over, and the broker has announced its last will, which is of no epoch.
+    assert _role(killed, 0, announced_gone=True) == "led with epoch 4, it is not on the broker"
     stands_by = m.CoordinatorStatus(
         coordinator="two", online=True, leads=False, epoch=3, waits_for="another coordinator leads"
     )
     assert _role(stands_by, 5) == "stands by: another coordinator leads"
+
+
+@pytest.mark.parametrize(
+    ("waits_for", "shown"),
+    [
+        ("the store", "stands by, waits for the store"),
+        ("the broker", "stands by, waits for the broker"),
+        (
+            "the end of coordinator x, which leads",
+            "stands by, waits for the end of coordinator x, which leads",
+        ),
+        (
+            "its next try in 2 s: it lost the lead",
+            "stands by, waits for its next try in 2 s: it lost the lead",
+        ),
+        ("cannot use postgresql://db/c: no route", "stands by: cannot use postgresql://db/c: no route"),
+        ("the session with the store is lost", "stands by: the session with the store is lost"),
+    ],
+)
+def test_what_a_standby_waits_for_is_a_sentence(waits_for: str, shown: str) -> None:
+    assert (
+        _role(m.CoordinatorStatus(coordinator="two", online=True, leads=False, waits_for=waits_for), 5)
+        == shown
+    )
 
 
 def test_a_standby_that_was_killed_is_not_shown_as_one() -> None:

@@ -216,11 +216,12 @@ class Discovered(Fleet):
         super().__init__(*resumes)
         self.adopted: list[str] = []
 
-    def adopt(self, plans: Iterable[ResumePlan]) -> None:
+    def adopt(self, plans: Iterable[ResumePlan]) -> list[str]:
         self.adopted = [plan.vm for plan in plans]
+        return self.adopted
 
     async def read_states(self) -> dict[str, str]:
-        return dict.fromkeys(self.adopted, "unknown")
+        return dict.fromkeys(self.adopted, "unknown" if self.state == "paused" else self.state)
 
 
 async def test_a_vm_that_its_platform_has_lost_is_resumed_all_the_same(
@@ -233,3 +234,14 @@ async def test_a_vm_that_its_platform_has_lost_is_resumed_all_the_same(
     assert fleet.asked == ["resume a", "resume a", "disarm op-1", "release a"]
     await pauses.close()
     assert markers.read(str(tmp_path)) == {}
+
+
+@pytest.mark.parametrize("state", ["running", "stopped"])
+async def test_a_vm_that_its_platform_has_lost_and_that_is_paused_no_longer_is_released_too(
+    marked: Callable[..., PauseMarkers], state: str
+) -> None:
+    """The guard had resumed it, or it has ended: it was taken for one of an operation until the host updater was restarted."""
+    fleet = Discovered()
+    fleet.state = state
+    await at_start(fleet, marked("a")).run(1)
+    assert fleet.asked == ["disarm op-1", "release a"]

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
+import pytest
+
+from caesura_host_updater import guard_inspection
 from caesura_host_updater.guard_client import GuardUnavailable
 from caesura_host_updater.guard_inspection import GuardInspection
 from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
 
 _PLAN = LibvirtPlan("web-1", "/s", "qemu:///system", "783136f9-2b12-4ee3-8a40-5eee38a7cccd", 7, 0, 0, ("/q",))
+_VMS = ["web-1", "web-2"]
 
 
 class World:
-    """A driver with one domain, and a guard that says of it what a test wants."""
+    """A driver with two domains, and a guard that says of it what a test wants."""
 
     def __init__(self) -> None:
         self.busy = False
         self.news: bool | Exception = True
         self.asked: list[list[str]] = []
+        self.planned: list[str] = []
+        self.opened: list[list[str]] = []
         self.has_asked = asyncio.Event()
         self.changes = 0
         given: Any = self
-        self.inspection = GuardInspection(given, given, lambda: ["web-1"], lambda: self.busy, self._changed)
+        self.inspection = GuardInspection(given, given, lambda: _VMS, lambda: self.busy, self._changed)
 
     def members(self) -> tuple[object, ...]:
         return ()
 
-    def resume_plan(self, _: str) -> LibvirtPlan:
-        return _PLAN
+    def resume_plan(self, vm: str) -> LibvirtPlan:
+        self.planned.append(vm)
+        return replace(_PLAN, vm=vm)
 
     async def inspect(self, plans: list[LibvirtPlan]) -> bool:
         self.asked.append([plan.vm for plan in plans])
@@ -53,7 +61,7 @@ async def test_what_is_new_is_published() -> None:
     world = World()
     running = asyncio.create_task(world.inspection.run())
     await world.ask()
-    assert (world.asked, world.changes) == ([["web-1"]], 1)
+    assert (world.asked, world.changes) == ([_VMS], 1)
     world.news = False
     await world.ask()
     assert world.changes == 1
@@ -71,15 +79,21 @@ async def test_a_guard_of_an_earlier_release_is_asked_again_later() -> None:
     running.cancel()
 
 
-async def test_in_an_operation_the_guard_has_more_urgent_work() -> None:
+async def test_in_an_operation_the_guard_has_more_urgent_work_and_the_host_updater_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Many plans take the event loop's time, and a dead daemon would be connected to again and again."""
     world = World()
+    monkeypatch.setattr(
+        guard_inspection, "open_ahead", lambda plans: world.opened.append([plan.vm for plan in plans])
+    )
     world.busy = True
     running = asyncio.create_task(world.inspection.run())
     world.inspection.ask()
     for _ in range(5):
         await asyncio.sleep(0)
-    assert world.asked == []
+    assert (world.asked, world.planned, world.opened) == ([], [], [])
     world.busy = False
     await world.ask()
-    assert world.asked == [["web-1"]]
+    assert (world.asked, world.planned, world.opened) == ([_VMS], _VMS, [_VMS])
     running.cancel()

@@ -9,13 +9,15 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from caesura_host_updater.drivers.libvirt import restarting
+from caesura_host_updater.drivers.libvirt import domain_view, restarting
+from caesura_host_updater.drivers.libvirt import driver as driver_module
 from caesura_host_updater.drivers.libvirt.binding import NoBinding
 from caesura_host_updater.drivers.libvirt.definition import (
     FoundDomain,
@@ -23,7 +25,7 @@ from caesura_host_updater.drivers.libvirt.definition import (
     LibvirtVm,
     vms_of,
 )
-from caesura_host_updater.drivers.libvirt.domain_view import DomainView
+from caesura_host_updater.drivers.libvirt.domain_view import DomainView, look_at_domains
 from caesura_host_updater.drivers.libvirt.driver import LibvirtDriver
 from caesura_host_updater.drivers.libvirt.guest_memory import GuestMemory
 from caesura_host_updater.drivers.libvirt.restarting import DomainRestarter
@@ -221,11 +223,12 @@ async def test_a_start_finds_a_paused_domain_that_the_daemon_has_lost(
     )
     driver = _driver(daemon, tmp_path)
     off = {_UUID: FoundDomain(name="web-1", uuid=_UUID, number=-1, label=listed)}
-    seen = replace(_view(daemon, listed), found=off, plans={}) if listed else DomainView("9.0.0")
+    seen = replace(_view(daemon, listed), found=off, plans={}, memories={}) if listed else DomainView("9.0.0")
     driver._take(seen)
     driver.adopt([lost])
     for _ in range(2):
         assert await driver.read_states() == {"web-old": "paused"}
+        assert driver.capabilities("web-old").digests == (), "nobody has looked where its memory is"
         driver._take(seen)
     assert await driver.resume("web-old", patient(2)) == "running"
     await driver.release("web-old")
@@ -238,12 +241,55 @@ def test_a_start_adopts_no_domain_that_is_known_or_over(daemon: Daemon, tmp_path
     driver._take(_view(daemon))
     known = driver.plans["web-old"]
     other = replace(known, vm="b", uuid=_UUID.replace("7", "6"))
-    driver.adopt([replace(known, number=3), replace(other, pid=os.getpid(), start_ticks=1), other])
+    over = replace(other, pid=os.getpid(), start_ticks=1)
+    assert driver.adopt([replace(known, number=3), over, other]) == []
     assert driver.plans == {"web-old": known}
     assert [vm.name for vm in driver.members()] == ["web-old"]
     driver._failed("no libvirt")
-    driver.adopt([other])
+    assert driver.adopt([other]) == ["b"]
     assert driver.plans["b"] == other, "nobody says that it is over"
+
+
+@pytest.mark.parametrize("others", [(), ("web-old",)])
+async def test_a_start_knows_a_paused_domain_by_the_name_that_it_was_paused_under(
+    daemon: Daemon, tmp_path: Path, others: tuple[str, ...]
+) -> None:
+    """Its label was edited in the pause; another domain may have taken its name. Nobody found its marker, and it stayed paused."""
+    driver = _driver(daemon, tmp_path)
+    paused = _view(daemon).plans["web-old"]
+    more = tuple(FoundDomain(name=name, uuid=_UUID.replace("7", "6"), number=9) for name in others)
+    renamed = _view(daemon, '<vm name="renamed" set="web" update-domain="0"/>', more=more)
+    driver._take(renamed)
+    assert driver.adopt([paused]) == ["web-old"]
+    for _ in range(2):
+        assert (await driver.read_states()) == {"web-old": "paused"}
+        assert driver.resume_plan("web-old") == paused
+        driver._take(renamed)
+    await driver.release("web-old")
+    driver._take(renamed)
+    assert {vm.name for vm in driver.members()} == {"renamed", *others}
+
+
+async def test_a_start_knows_two_paused_domains_whose_names_were_exchanged(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    driver = _driver(daemon, tmp_path)
+    other = FoundDomain(name="b", uuid=_UUID.replace("7", "6"), number=9, label='<vm name="a"/>')
+    seen = _view(daemon, '<vm name="b"/>', more=(other,))
+    driver._take(seen)
+    paused = [replace(seen.plans["b"], vm="a"), replace(seen.plans["a"], vm="b")]
+    assert driver.adopt(paused) == ["a", "b"]
+    assert driver.plans == {plan.vm: plan for plan in paused}
+    assert {vm.name: vm.domain_name for vm in driver.members()} == {"a": "web-1", "b": "b"}
+
+
+def test_a_domain_that_was_renamed_and_started_again_is_not_what_was_paused(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    driver = _driver(daemon, tmp_path)
+    driver._take(_view(daemon))
+    assert driver.adopt([replace(driver.plans["web-old"], vm="a", number=3)]) == []
+    assert [vm.name for vm in driver.members()] == ["web-old"]
 
 
 async def test_who_was_paused_by_somebody_else_after_a_refused_freeze_is_left(
@@ -334,6 +380,93 @@ async def test_a_binding_that_is_missing_is_told_at_the_start(tmp_path: Path) ->
     with pytest.raises(NoBinding):
         await driver.open()
     await driver.close(stop_vms=False)
+
+
+class _OneDaemon:
+    """The binding's connection, where the daemon listens at the socket whose file is there."""
+
+    closed: ClassVar[list[str]] = []
+
+    def __init__(self, _uri: str, socket: str, _binding: str, _changed: Callable[[], None]) -> None:
+        self._socket = socket
+
+    def load(self) -> None:
+        """Made up."""
+
+    def version(self) -> str:
+        if not Path(self._socket).exists():
+            raise OSError(f"no libvirt at {self._socket}")
+        return "9.0.0"
+
+    def domains(self) -> list[FoundDomain]:
+        self.version()
+        return [FoundDomain(name="web-1", uuid=_UUID, number=7)]
+
+    def close(self) -> None:
+        self.closed.append(self._socket)
+
+
+async def test_the_socket_of_a_daemon_that_is_away_is_looked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A modular daemon came in place of libvirtd, or any one after the host updater: it was away until that was restarted."""
+    monkeypatch.setattr(driver_module, "LibvirtConnection", _OneDaemon)
+    _OneDaemon.closed.clear()
+    modular, monolithic = (tmp_path / name for name in ("virtqemud-sock", "libvirt-sock"))
+    driver = LibvirtDriver(LibvirtOptions(), (str(modular), str(monolithic)), tmp_path)
+    await driver.open()
+    assert f"no libvirt at {monolithic}" in driver.ping()
+    monolithic.touch()
+    await driver._domains.take()
+    assert driver.ping() == ""
+    modular.touch()
+    await driver._domains.take()
+    assert driver.plans["web-1"].socket == str(monolithic), "it answers"
+    monolithic.unlink()
+    for _ in range(2):
+        await driver._domains.take()
+    assert driver.ping() == ""
+    assert driver.plans["web-1"].socket == str(modular)
+    assert _OneDaemon.closed == [str(monolithic)]
+    await driver.close(stop_vms=False)
+    assert _OneDaemon.closed == [str(monolithic), str(modular)]
+
+
+def test_a_domain_whose_daemon_is_another_one_now_is_resumed_by_that(
+    tmp_path: Path, process: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = read_process(process.pid)
+    assert found is not None
+    monkeypatch.setattr(
+        domain_view,
+        "plan_of_domain",
+        lambda vm, number, socket, uri: LibvirtPlan(
+            vm.name, socket, uri, vm.uuid, number, process.pid, found.start_ticks
+        ),
+    )
+    (tmp_path / "new").touch()
+    connection = _OneDaemon("", str(tmp_path / "new"), "", lambda: None)
+    view = DomainView()
+    for socket in ("/old", "/new"):
+        view = look_at_domains(connection, LibvirtOptions(), socket, view)  # type: ignore[arg-type]
+        assert view.plans["web-1"].socket == socket
+
+
+def test_where_the_memory_of_an_adopted_domain_is_is_looked_at_when_it_is_listed_again(
+    daemon: Daemon, tmp_path: Path, process: subprocess.Popen[bytes]
+) -> None:
+    """It was taken for a file without a name, whose digest failed, until the domain's next start."""
+    found = read_process(process.pid)
+    assert found is not None
+    (tmp_path / "new").touch()
+    driver = _driver(daemon, tmp_path)
+    socket = str(tmp_path / "new")
+    lost = LibvirtPlan("web-1", socket, "qemu:///system", _UUID, 7, process.pid, found.start_ticks)
+    assert driver.adopt([lost]) == ["web-1"]
+    connection = _OneDaemon("", socket, "", lambda: None)
+    view = look_at_domains(connection, LibvirtOptions(), socket, driver._seen)  # type: ignore[arg-type]
+    assert view.plans["web-1"] == lost
+    assert "is private to its QEMU process" in view.memories["web-1"].error
 
 
 async def test_a_look_that_breaks_is_told_and_followed_by_the_next(
@@ -456,6 +589,71 @@ async def test_a_start_that_hangs_delays_nobody_is_named_and_is_not_sent_again(
         await world.changes.wait()
     assert (restarter.errors, restarter.down) == ({}, set())
     await restarter.close()
+
+
+async def _looked(restarter: DomainRestarter) -> None:
+    """As after a look of the driver's, to the end of what that begins."""
+    restarter.start_ended(())
+    await asyncio.gather(*restarter._late.values())
+
+
+async def test_a_start_that_outlasts_its_operation_is_over_when_the_domain_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its operator shut it down within the hour: it was called broken, and started."""
+    monkeypatch.setattr(restarting, "_START_S", 0.01)
+    world = _Starting(None)
+    world.go.clear()
+    restarter = world.restarter(tmp_path)
+    try:
+        await restarter.shut_down("a", time.monotonic() + 5)
+        with pytest.raises(DriverError, match="has not started it within"):
+            await restarter.start("a", time.monotonic())
+    finally:
+        world.go.set()
+    async with asyncio.timeout(60):
+        while restarter._starts:  # noqa: ASYNC110 - a thread's work
+            await asyncio.sleep(0.01)
+    await world.look()
+    await _looked(restarter)
+    assert (restarter.down, (tmp_path / "a.shutdown").exists()) == (set(), False)
+    world.plans.clear()
+    await _looked(restarter)
+    assert (world.said, restarter.errors) == (["start"], {})
+
+
+async def test_a_domain_that_was_started_since_it_was_asked_is_up(
+    tmp_path: Path, process: subprocess.Popen[bytes]
+) -> None:
+    """It was waited for as long as one that shuts down still, and then called one that had never been down."""
+    world = _Starting(None)
+    restarter = world.restarter(tmp_path)
+    await restarter.shut_down("a", time.monotonic() + 5)
+    world.plans = _Starting(process).plans
+    assert await restarter.start("a", time.monotonic())
+    assert (world.said, restarter.down) == ([], set())
+
+
+@pytest.mark.parametrize("opened", [False, True])
+async def test_a_domain_that_its_operator_started_again_is_not_started_for_an_earlier_request(
+    tmp_path: Path, process: subprocess.Popen[bytes], opened: bool
+) -> None:
+    """It outlasted its operation. ``opened``: the host updater was restarted meanwhile."""
+    world = _Starting(process)
+    restarter = world.restarter(tmp_path)
+    with pytest.raises(ShutdownFailed):
+        await restarter.shut_down("a", time.monotonic() + 0.1)
+    if opened:
+        restarter = world.restarter(tmp_path)
+        await restarter.open()
+    await _looked(restarter)
+    assert restarter.down == {"a"}, "it shuts down still"
+    world.plans = {"a": replace(world.plans["a"], number=2, start_ticks=1)}
+    await _looked(restarter)
+    assert (restarter.down, (tmp_path / "a.shutdown").exists()) == (set(), False)
+    world.plans.clear()
+    await _looked(restarter)
+    assert world.said == ["shutdown"]
 
 
 async def test_the_ping_names_a_start_that_hangs(daemon: Daemon, tmp_path: Path) -> None:

@@ -438,6 +438,21 @@ async def test_vms_are_marked_before_they_are_paused_and_until_they_run(
     assert scene.markers.marked == set()
 
 
+async def test_connections_are_opened_once_for_all_before_anything_is_paused(
+    journal: JournalThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for each VM a daemon that is dead was connected to hundreds of times."""
+    scene = Scene(journal, "a", "b")
+    opened: list[tuple[list[str], list[str]]] = []
+    monkeypatch.setattr(
+        runner_module,
+        "open_ahead",
+        lambda plans: opened.append(([plan.vm for plan in plans], list(scene.driver.frozen))),
+    )
+    assert (await scene.run()).end == "completed"
+    assert opened == [(["a", "b"], [])]
+
+
 @pytest.mark.parametrize("method", ["freeze", "swap", "replace"])
 async def test_nothing_is_frozen_that_cannot_be_marked(journal: JournalThread, method: Method) -> None:
     scene = Scene(journal, "a", "b", method=method)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from caesura.runtime.command import run_service
-from caesura.runtime.postgresql_options import PostgresOptions
+from caesura.runtime.postgresql_options import PostgresOptions, advice
 from caesura.runtime.settings import Secret
 from caesura.runtime.shared_rows import WrongStore
 from caesura_coordinator.settings import CoordinatorSettings
@@ -45,6 +45,37 @@ def test_the_password_is_not_in_what_is_shown() -> None:
     made = options("postgresql://caesura@db/caesura", password=Secret("correct horse"))
     assert "correct horse" not in repr(made) + made.label + str(made.parameters())
     assert made.label == "postgresql://db/caesura"
+
+
+@pytest.mark.parametrize(
+    ("url", "label"),
+    [
+        ("postgresql://caesura@db:5433/caesura", "postgresql://db:5433/caesura"),
+        ("postgresql://caesura@a:5433,b/caesura", "postgresql://a:5433,b/caesura"),
+        ("postgresql://caesura@a,b/caesura?port=5433", "postgresql://a:5433,b:5433/caesura"),
+        ("postgresql://caesura@[::1]:5433/caesura", "postgresql://[::1]:5433/caesura"),
+        (
+            "postgresql://caesura@/caesura?host=/run/postgresql&port=5433",
+            "postgresql:///run/postgresql:5433/caesura",
+        ),
+    ],
+)
+def test_what_people_read_tells_two_servers_of_one_machine_apart(url: str, label: str) -> None:
+    assert options(url).label == label
+
+
+@pytest.mark.parametrize(
+    ("why", "advised"),
+    [
+        ('FATAL: password authentication failed for user "caesura"', "Is it the password of that role?"),
+        ("fe_sendauth: no password supplied", "to the file with the password"),
+    ],
+)
+def test_a_password_that_is_refused_names_the_setting(why: str, advised: str) -> None:
+    said = advice(why)
+    assert "CAESURA_COORDINATOR_STORE_PASSWORD_FILE" in said
+    assert advised in said
+    assert advice("Connection refused") == ""
 
 
 @pytest.mark.parametrize(

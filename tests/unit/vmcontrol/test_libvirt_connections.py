@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import threading
@@ -13,14 +14,22 @@ from pathlib import Path
 
 import pytest
 
-from caesura_testing.libvirt_answers import UUID, Daemon, good, refusal, reply
+from caesura_testing.libvirt_answers import UUID, Daemon, QmpSocket, good, refusal, reply
 from caesura_testing.patience import patient
 from caesura_vmcontrol import libvirt_connections, libvirt_control
-from caesura_vmcontrol.libvirt_connections import daemon_at, open_ahead
-from caesura_vmcontrol.libvirt_control import domain_look, resume_domain
-from caesura_vmcontrol.libvirt_rpc import Libvirt, LibvirtGone, LibvirtPlan, LibvirtRefused, LibvirtSilent
+from caesura_vmcontrol.libvirt_connections import CallUnanswered, daemon_at, open_ahead
+from caesura_vmcontrol.libvirt_control import domain_look, look_at, resume_domain
+from caesura_vmcontrol.libvirt_rpc import (
+    Domain,
+    Libvirt,
+    LibvirtGone,
+    LibvirtPlan,
+    LibvirtRefused,
+    LibvirtSilent,
+)
+from caesura_vmcontrol.procfs import read_process
 
-_AUTH_LIST, _AUTH_POLKIT, _OPEN, _LOOKUP, _STATE, _RESUME, _SUSPEND = 66, 70, 1, 24, 212, 28, 34
+_AUTH_LIST, _AUTH_POLKIT, _OPEN, _LOOKUP, _STATE, _RESUME, _SUSPEND, _JOB = 66, 70, 1, 24, 212, 28, 34, 298
 
 
 class Polkit:
@@ -221,7 +230,7 @@ def test_a_host_that_cannot_start_a_thread_has_a_connection_of_its_own(
     start = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
-        if "open libvirt" in thread.name:
+        if "libvirt at" in thread.name:
             raise RuntimeError("can't start new thread")
         start(thread)
 
@@ -317,3 +326,217 @@ def test_a_daemon_that_ends_the_connection_is_asked_over_another_one(daemon: Dae
     daemon.answer = good
     assert domain_look(_plan(daemon)).condition == "frozen"
     assert daemon.called.count(_OPEN) == 2
+
+
+# -- a domain whose QEMU hangs: what waits for its job keeps a worker of the daemon -------------------------------
+
+
+class HangingDomain:
+    """A daemon that answers what waits for web-1's job when it is let, and about every other domain at once."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.daemon = daemon
+        self.number = 7
+        self.waits_for = {_JOB, _RESUME}
+        self.ends_connection = False
+        self.is_asked = threading.Event()
+        self.go = threading.Event()
+        daemon.answer = self.answer
+
+    def answer(self, procedure: int, serial: int, arguments: bytes) -> bytes | None:
+        if procedure == _LOOKUP:
+            named = struct.pack(">I", 5) + b"web-1\0\0\0" + arguments[:16]
+            return reply(procedure, serial, named + struct.pack(">i", self.number))
+        if procedure in self.waits_for and _UUID_SENT in arguments and not self.go.is_set():
+            self.is_asked.set()
+            self.go.wait()
+            if self.ends_connection:
+                return None
+        return good(procedure, serial, arguments)
+
+    def asked_for_job(self) -> int:
+        """How many calls waited for a domain's job, or had it at once."""
+        return self.daemon.called.count(_JOB) + self.daemon.called.count(_RESUME)
+
+
+_UUID_SENT = bytes.fromhex(UUID.replace("-", ""))
+_OTHER = "00000000-0000-0000-0000-000000000002"
+
+
+@pytest.fixture
+def hanging(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> Iterator[HangingDomain]:
+    """One call for its job is sent, and given up."""
+    made = HangingDomain(daemon)
+    with monkeypatch.context() as hurry:
+        for module in (libvirt_connections, libvirt_control):
+            hurry.setattr(module, "RPC_S", patient(0.2))
+        while not made.is_asked.is_set():  # on a busy machine what is asked before may be late, too
+            with pytest.raises(LibvirtSilent):
+                domain_look(_plan(daemon))
+    for module in (libvirt_connections, libvirt_control):
+        monkeypatch.setattr(module, "RPC_S", patient(5))
+    monkeypatch.setattr(libvirt_connections, "OPENING_S", patient(60))
+    monkeypatch.setattr(libvirt_control, "_DAEMON_S", patient(60))
+    monkeypatch.setattr(libvirt_connections, "_JOB_WAIT_S", patient(600))
+    assert made.asked_for_job() == 1
+    yield made
+    made.go.set()
+
+
+def test_a_domain_that_keeps_a_worker_is_given_no_second_one(daemon: Daemon, hanging: HangingDomain) -> None:
+    """One QEMU that hangs took all of the daemon's workers within ten seconds, and with them every domain's way out."""
+    states = daemon.called.count(_STATE)
+    for ask in (domain_look, resume_domain) * 5:
+        with pytest.raises(LibvirtSilent, match="has not answered an earlier call for this domain"):
+            ask(_plan(daemon))
+    assert hanging.asked_for_job() == 1
+    assert daemon.called.count(_STATE) == states + 10, "it may run by now"
+    assert look_at([_plan(daemon)]) == {"web-1": None}
+    assert hanging.asked_for_job() == 1
+
+
+def test_a_domain_that_is_not_answered_for_is_resumed_past_the_daemon(
+    daemon: Daemon, hanging: HangingDomain, tmp_path: Path
+) -> None:
+    qmp = QmpSocket(tmp_path / "q")
+    me = read_process(os.getpid())
+    assert me is not None
+    plan = replace(_plan(daemon), pid=me.pid, start_ticks=me.start_ticks, qmp=(qmp.path,))
+    assert domain_look(plan).condition == "frozen"
+    resume_domain(plan)
+    assert (qmp.status, hanging.asked_for_job()) == ("running", 1)
+    qmp.close()
+
+
+@pytest.mark.usefixtures("hanging")
+def test_other_domains_are_asked_for_beside_one_that_keeps_a_worker(daemon: Daemon) -> None:
+    resume_domain(replace(_plan(daemon), vm="web-2", uuid=_OTHER))
+    assert daemon.called[-2:] == [_JOB, _RESUME]
+
+
+def test_another_life_of_the_domain_is_asked_for(daemon: Daemon, hanging: HangingDomain) -> None:
+    hanging.number = 8
+    hanging.waits_for = set()
+    resume_domain(replace(_plan(daemon), number=8))
+    assert daemon.called[-2:] == [_JOB, _RESUME]
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["an answer", "the daemon's end"])
+def test_it_is_asked_again_as_soon_as_the_call_can_keep_no_worker(
+    daemon: Daemon, hanging: HangingDomain, ends: bool
+) -> None:
+    """A daemon that was restarted has no call of the time before."""
+    with pytest.raises(CallUnanswered) as told:
+        resume_domain(_plan(daemon))
+    hanging.ends_connection = ends
+    hanging.go.set()
+    assert told.value.has_ended.wait(patient(60))
+    resume_domain(_plan(daemon))
+    assert daemon.called[-2:] == [_JOB, _RESUME]
+
+
+def test_it_is_asked_again_after_the_daemons_own_wait_for_a_job(
+    daemon: Daemon, hanging: HangingDomain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call has an answer then, or QEMU itself has it."""
+    hanging.waits_for = set()
+    monkeypatch.setattr(libvirt_connections, "_JOB_WAIT_S", 0.0)
+    resume_domain(_plan(daemon))
+    assert daemon.called[-2:] == [_JOB, _RESUME]
+
+
+def test_a_resume_that_keeps_a_worker_is_not_sent_again(
+    daemon: Daemon, hanging: HangingDomain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging.go.set()
+    resume_domain(_plan(daemon))
+    hanging.go.clear()
+    hanging.is_asked.clear()
+    hanging.waits_for = {_RESUME}
+    resumes = daemon.called.count(_RESUME)
+    with monkeypatch.context() as hurry:
+        for module in (libvirt_connections, libvirt_control):
+            hurry.setattr(module, "RPC_S", patient(0.2))
+        while not hanging.is_asked.is_set():
+            with pytest.raises(LibvirtSilent):
+                resume_domain(_plan(daemon))
+    for _ in range(5):
+        with pytest.raises(CallUnanswered):
+            resume_domain(_plan(daemon))
+    assert daemon.called.count(_RESUME) == resumes + 1
+
+
+# -- how many are open ------------------------------------------------------------------------------------------
+
+
+def _open(daemon: Daemon) -> int:
+    return len(libvirt_connections._pool((daemon.path, "qemu:///system"))._connections)
+
+
+def test_calls_that_are_not_answered_open_no_more_than_the_daemon_has_workers(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And when they are answered the surplus is closed: each is a thread, and is authenticated again after each restart of the daemon."""
+    monkeypatch.setattr(libvirt_connections, "_MOST_CONNECTIONS", 2)
+    monkeypatch.setattr(libvirt_connections, "_MOST_OPEN", 4)
+    monkeypatch.setattr(libvirt_connections, "RPC_S", patient(0.05))
+    go = threading.Event()
+
+    def answer(procedure: int, serial: int, arguments: bytes) -> bytes | None:
+        if procedure == _SUSPEND:
+            go.wait()
+        return good(procedure, serial, arguments)
+
+    daemon.answer = answer
+    domain = Domain("web-1", _UUID_SENT, 7)
+
+    def suspend(_: int) -> None:
+        with daemon_at(daemon.path, "qemu:///system", time.monotonic() + patient(60)) as slow:
+            slow.suspend(domain)
+
+    with ThreadPoolExecutor(20) as threads:
+        suspending = [threads.submit(suspend, number) for number in range(20)]
+        try:
+            until = time.monotonic() + patient(60)
+            while _open(daemon) < 4:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            time.sleep(patient(0.2))  # those that wait begin to open more within RPC_S
+            assert _open(daemon) == 4
+        finally:
+            go.set()
+        for each in suspending:
+            each.result()
+    assert daemon.called.count(_SUSPEND) == 20
+    monkeypatch.setattr(libvirt_connections, "RPC_S", patient(20))
+    suspend(0)
+    assert _open(daemon) <= 2
+
+
+def test_connections_that_are_kept_for_an_answer_make_room(
+    daemon: Daemon, hanging: HangingDomain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libvirt_connections, "_MOST_OPEN", 1)
+    resume_domain(replace(_plan(daemon), vm="web-2", uuid=_OTHER))
+    assert daemon.called[-2:] == [_JOB, _RESUME]
+    assert not hanging.go.is_set()
+    assert _open(daemon) == 1
+
+
+@pytest.mark.usefixtures("unhurried")
+def test_one_thread_is_enough_for_a_connection(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host at its limit of threads: the one that opened it took the last, and nobody was there to read the answers."""
+    start = threading.Thread.start
+    started: list[str] = []
+
+    def one(thread: threading.Thread) -> None:
+        if "libvirt" in thread.name:
+            if started:
+                raise RuntimeError("can't start new thread")
+            started.append(thread.name)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", one)
+    assert domain_look(_plan(daemon)).condition == "frozen"
+    assert domain_look(_plan(daemon)).condition == "frozen"
+    assert daemon.called.count(_OPEN) == 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from caesura_host_updater.drivers.libvirt.connection import LibvirtConnection
 from caesura_host_updater.drivers.libvirt.definition import FoundDomain, LibvirtOptions, LibvirtVm, vms_of
-from caesura_host_updater.drivers.libvirt.guest_memory import GuestMemory, memory_of_domain
+from caesura_host_updater.drivers.libvirt.guest_memory import UNLISTED, GuestMemory, memory_of_domain
 from caesura_host_updater.drivers.libvirt.resume_paths import plan_of_domain
 from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
 from caesura_vmcontrol.procfs import alive
@@ -49,7 +49,8 @@ def look_at_domains(
         if plan is not None:
             plans[vm.name] = plan
             unchanged = plan.pid and plan == before.plans.get(vm.name)
-            memories[vm.name] = before.memories[vm.name] if unchanged else memory_of_domain(plan)
+            known = before.memories[vm.name] if unchanged else UNLISTED
+            memories[vm.name] = memory_of_domain(plan) if known is UNLISTED else known
     return DomainView(
         version,
         {domain.uuid: domain for domain in domains},
@@ -81,7 +82,7 @@ def keep_held(view: DomainView, before: DomainView, held: Iterable[str]) -> Doma
         plan = (view.plans.get(now) or _lost(known)) if vm.uuid in own else _living(known, view)
         if plan is not None:
             plans[name] = replace(plan, vm=name)
-            memories[name] = view.memories.get(now) or before.memories.get(name) or GuestMemory()
+            memories[name] = view.memories.get(now) or before.memories.get(name) or UNLISTED
         usurper = view.vms.get(name)
         if usurper is not None and usurper.uuid != vm.uuid:
             passed[usurper.domain_name] = f"a VM of an operation under way is called {name}"
@@ -106,9 +107,10 @@ def _living(plan: LibvirtPlan | None, view: DomainView) -> LibvirtPlan | None:
 
 
 def _plan_of(vm: LibvirtVm, number: int, socket: str, uri: str, before: DomainView) -> LibvirtPlan | None:
-    """One whose process lives stays as it is: paths and rights may change with a restart of the domain only."""
+    """One whose process lives stays as it is: paths and rights may change with a restart of the domain, or another daemon, only."""
     known = before.plans.get(vm.name)
-    if known is None or not known.pid or (known.uuid, known.number) != (vm.uuid, number):
+    known_as = None if known is None else (known.uuid, known.number, known.socket)
+    if known is None or not known.pid or known_as != (vm.uuid, number, socket):
         return plan_of_domain(vm, number, socket, uri)
     if alive(known.pid, known.start_ticks):
         return known

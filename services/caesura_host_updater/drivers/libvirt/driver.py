@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -30,6 +30,7 @@ from caesura_host_updater.drivers.libvirt.connection import LibvirtConnection, e
 from caesura_host_updater.drivers.libvirt.definition import LibvirtOptions, LibvirtVm
 from caesura_host_updater.drivers.libvirt.domain_view import DomainView, keep_held, look_at_domains
 from caesura_host_updater.drivers.libvirt.guest_memory import (
+    UNLISTED,
     GuestMemory,
     memory_digest_of,
     sampled_memory_of,
@@ -53,7 +54,6 @@ from caesura_host_updater.drivers.port import (
 )
 from caesura_host_updater.drivers.remote_pauses import LatePauses, ResumeTries
 from caesura_vmcontrol.freezer_control import Condition
-from caesura_vmcontrol.libvirt_connections import open_ahead
 from caesura_vmcontrol.libvirt_control import (
     MIGRATES,
     DomainLook,
@@ -100,7 +100,7 @@ class LibvirtDriver:
 
     Args:
         options: the host file's table ``[libvirt]``.
-        sockets: where the daemon may listen; the first that exists is used.
+        sockets: where the daemon may listen; the first that exists is used, and looked for again while none answers.
         state_dir: where shutdown requests are noted.
         max_digest_bytes: memory above this is not digested whole.
     """
@@ -144,15 +144,8 @@ class LibvirtDriver:
             NoBinding: there is no binding that this Python can load.
         """
         await in_thread("state folder", lambda: self._folder.mkdir(parents=True, exist_ok=True, mode=0o700))
-        loop = asyncio.get_running_loop()
-        self._socket = await in_thread("socket", partial(existing_socket, self._sockets))
-
-        def changed() -> None:
-            with suppress(RuntimeError):  # the loop was closed
-                loop.call_soon_threadsafe(self._event.set)
-
-        self._connection = LibvirtConnection(self._options.uri, self._socket, self._options.binding, changed)
-        await in_thread("binding", self._connection.load)
+        await self._choose_socket()
+        await in_thread("binding", self._connected().load)
         await self._late.open(LibvirtPlan)
         await self._domains.take()
         await self._restarter.open()
@@ -171,10 +164,27 @@ class LibvirtDriver:
             await asyncio.gather(self._looking, return_exceptions=True)
         await self._restarter.close()
         await self._late.close()
+        await self._disconnect()
+
+    async def _disconnect(self) -> None:
         if self._connection is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
                     await in_thread("close libvirt", self._connection.close)
+
+    async def _choose_socket(self) -> None:
+        socket = await in_thread("socket", partial(existing_socket, self._sockets))
+        if socket == self._socket:
+            return
+        loop = asyncio.get_running_loop()
+
+        def changed() -> None:
+            with suppress(RuntimeError):  # the loop was closed
+                loop.call_soon_threadsafe(self._event.set)
+
+        await self._disconnect()
+        self._socket = socket
+        self._connection = LibvirtConnection(self._options.uri, socket, self._options.binding, changed)
 
     async def _look(self) -> None:
         while True:
@@ -199,8 +209,9 @@ class LibvirtDriver:
         self._failed(f"libvirt at {self._socket} does not answer within {_ASK_S:g} s")
 
     async def _ask(self) -> None:
+        if self._error:  # another daemon may have taken its place
+            await self._choose_socket()
         connection = self._connected()
-
         ask = partial(look_at_domains, connection, self._options, self._socket, self._seen)
         try:
             view = await in_thread("domains", ask)
@@ -225,23 +236,32 @@ class LibvirtDriver:
         self._left = {vm: why for vm, why in self._left.items() if vm in view.plans or vm in self._held}
         self._seen, self.vms, self.plans, self._error = view, view.vms, view.plans, ""
 
-    def adopt(self, plans: Iterable[ResumePlan]) -> None:
-        """A daemon that is away, or was restarted in a pause and could not read its files, does not name them; their processes live."""
+    def adopt(self, plans: Iterable[ResumePlan]) -> Collection[str]:
+        """Those whose label was edited in the pause keep their names; a daemon that is away, or has lost them, does not name them at all."""
+        specs = {vm.uuid: vm for vm in self.vms.values()}
+        listed = {plan.uuid: plan for plan in self.plans.values()}
+        adopted = []
         for plan in plans:
-            if isinstance(plan, LibvirtPlan) and self._is_lost(plan):
-                others = {name: vm for name, vm in self.vms.items() if vm.uuid != plan.uuid}
-                listed = next((vm for vm in self.vms.values() if vm.uuid == plan.uuid), None)
-                vm = listed or LibvirtVm(uuid=plan.uuid, domain_name=plan.vm, name=plan.vm)
-                self.vms = others | {plan.vm: msgspec.structs.replace(vm, name=plan.vm)}
-                self.plans = {**self.plans, plan.vm: plan}
-                memories = {**self._seen.memories, plan.vm: GuestMemory()}
-                self._seen = replace(self._seen, vms=self.vms, plans=self.plans, memories=memories)
+            if not isinstance(plan, LibvirtPlan):
+                continue
+            now = listed.get(plan.uuid)
+            if self._is_lost(plan) if now is None else _is_renamed(plan, now):
+                vm = specs.get(plan.uuid) or LibvirtVm(uuid=plan.uuid, domain_name=plan.vm, name=plan.vm)
+                self._list(msgspec.structs.replace(vm, name=plan.vm), now or plan)
                 self._held.pausing(plan.vm, plan)
+                adopted.append(plan.vm)
+        return adopted
 
     def _is_lost(self, plan: LibvirtPlan) -> bool:
-        if any(each.uuid == plan.uuid for each in self.plans.values()):
-            return False
         return alive(plan.pid, plan.start_ticks) if plan.pid else bool(self._error)
+
+    def _list(self, vm: LibvirtVm, plan: LibvirtPlan) -> None:
+        """In place of what has its UUID or its name until now."""
+        self.vms = {name: each for name, each in self.vms.items() if each.uuid != vm.uuid} | {vm.name: vm}
+        plans = {name: each for name, each in self.plans.items() if each.uuid != vm.uuid}
+        self.plans = plans | {vm.name: replace(plan, vm=vm.name)}
+        memories = {**self._seen.memories, vm.name: UNLISTED}
+        self._seen = replace(self._seen, vms=self.vms, plans=self.plans, memories=memories)
 
     def members(self) -> tuple[LibvirtVm, ...]:
         """The VMs that there are now."""
@@ -379,9 +399,6 @@ class LibvirtDriver:
         plan = self.plans.get(vm)
         if plan is None or (plan.pid and not alive(plan.pid, plan.start_ticks)):
             raise DriverError(vm, self.health_error(vm) or "its domain does not run")
-        open_ahead(
-            self.plans.values()
-        )  # a pause is about to begin, of all of them perhaps, and polkit may be slow
         return plan
 
     async def freeze(self, vm: str, by: float) -> None:
@@ -529,6 +546,10 @@ def _state_of(look: DomainLook | None) -> VmState:
 
 def _called(vms: Mapping[str, LibvirtVm]) -> dict[str, str]:
     return {name: vm.domain_name for name, vm in vms.items()}
+
+
+def _is_renamed(paused: LibvirtPlan, now: LibvirtPlan) -> bool:
+    return paused.vm != now.vm and is_same_life(paused, now)
 
 
 def _risk(plan: LibvirtPlan) -> str:

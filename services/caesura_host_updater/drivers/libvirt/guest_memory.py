@@ -34,6 +34,10 @@ class GuestMemory(msgspec.Struct, frozen=True):
     error: str = ""
 
 
+UNLISTED = GuestMemory(error="libvirt does not list its domain")
+"""Nobody has looked where it is."""
+
+
 def memory_of_domain(plan: LibvirtPlan) -> GuestMemory:
     """The file of a domain that runs, if this user may read it."""
     if not plan.pid:

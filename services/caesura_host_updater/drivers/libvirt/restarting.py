@@ -13,6 +13,7 @@ from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.libvirt.connection import LibvirtConnection
 from caesura_host_updater.drivers.libvirt.definition import LibvirtVm
+from caesura_host_updater.drivers.libvirt.resume_paths import is_same_life
 from caesura_host_updater.drivers.port import DriverError, ShutdownFailed
 from caesura_host_updater.drivers.shutdown_requests import ShutdownRequests
 from caesura_vmcontrol.libvirt_rpc import LibvirtPlan
@@ -64,6 +65,8 @@ class DomainRestarter:
         self._requests = ShutdownRequests(folder)
         self.down: set[str] = set()
         """VMs that were asked to shut down and do not run again yet."""
+        self._asked: dict[str, LibvirtPlan] = {}
+        """The lives that were asked; of a VM that did not run there is none."""
         self.errors: dict[str, str] = {}
         """Why those of them that have ended late are not started yet."""
         self._on_change = on_change
@@ -75,7 +78,7 @@ class DomainRestarter:
         """Take over the VMs that a previous run asked: those that have ended are started."""
         for vm in self._domains.vms:
             if await in_thread("shutdown request", partial(self._requests.left_s, vm)):
-                self.down.add(vm)
+                self._note_asked(vm)
         self.start_ended(())
 
     async def close(self) -> None:
@@ -89,7 +92,7 @@ class DomainRestarter:
         plan, spec = self._domains.plans.get(vm), self._domains.vms.get(vm)
         if spec is None:
             raise ShutdownFailed(vm, "there is no such domain any more")
-        self.down.add(vm)
+        self._note_asked(vm)
         try:
             await in_thread("shutdown request", partial(self._requests.note, vm))
         except OSError as error:
@@ -113,9 +116,28 @@ class DomainRestarter:
         await self._look()
         return "libvirt"
 
+    def _note_asked(self, vm: str) -> None:
+        self.down.add(vm)
+        self._asked.pop(vm, None)
+        if vm in self._domains.plans:
+            self._asked[vm] = self._domains.plans[vm]
+
+    async def _forget(self, vm: str) -> None:
+        """It runs again, or its end was somebody else's wish."""
+        self.down.discard(vm)
+        self._asked.pop(vm, None)
+        await in_thread("shutdown request", partial(self._requests.forget, vm))
+
+    def _runs_again(self, vm: str) -> bool:
+        asked, plan = self._asked.get(vm), self._domains.plans.get(vm)
+        return plan is not None and (asked is None or not is_same_life(asked, plan))
+
     async def start(self, vm: str, down_by: float) -> bool:
         """Start the domain when it has ended; it is up when libvirt says that it runs. Raises DriverError."""
         was_down = vm in self.down
+        if was_down and self._runs_again(vm):  # since a try that was given up, or by somebody else
+            await self._forget(vm)
+            return True
         plan = self._domains.plans.get(vm)
         if was_down and plan is not None:
             while not await has_ended(plan) and time.monotonic() < down_by:  # noqa: ASYNC110 - a process of somebody else's
@@ -133,10 +155,10 @@ class DomainRestarter:
         if starting is None:
             work = partial(self._connected().start, spec.uuid)
             starting = self._starts[vm] = asyncio.ensure_future(in_thread(f"start {vm}", work))
+            starting.add_done_callback(partial(self._drop_start, vm))
         done, _ = await asyncio.wait([starting], timeout=_START_S)
         if not done:
             raise DriverError(vm, f"libvirt has not started it within {_START_S:g} s")
-        self._starts.pop(vm, None)
         try:
             starting.result()
         except OSError as error:
@@ -144,25 +166,33 @@ class DomainRestarter:
         await self._look()
         if vm not in self._domains.plans:
             raise DriverError(vm, "it was started, and does not run")
-        self.down.discard(vm)
-        await in_thread("shutdown request", partial(self._requests.forget, vm))
+        await self._forget(vm)
+
+    def _drop_start(self, vm: str, start: asyncio.Future[None]) -> None:
+        """Also where nobody waits for it any more: what it said then is not the answer to a later one."""
+        self._starts.pop(vm, None)
+        if not start.cancelled():
+            start.exception()  # mark it as retrieved
 
     def start_ended(self, of_operation: Iterable[str]) -> None:
-        """Start VMs that did not shut down in time and have ended since, unless an operation has them; waits for none of them."""
+        """Start VMs that did not shut down in time and have ended since, unless an operation has them; waits for none of them.
+
+        One that was started by somebody else, or late, is forgotten.
+        """
         for vm in self.errors.keys() - self.down:
             del self.errors[vm]  # an operation has started it
         for vm in self.down.difference(of_operation):
-            is_over = vm in self._domains.vms and vm not in self._domains.plans
+            is_over = vm in self._domains.vms and (vm not in self._domains.plans or self._runs_again(vm))
             if is_over and (vm not in self._late or self._late[vm].done()):
                 self._late[vm] = asyncio.create_task(self._start_late(vm), name=f"start {vm}")
 
     async def _start_late(self, vm: str) -> None:
         try:
-            if not await in_thread("shutdown request", partial(self._requests.left_s, vm)):
+            left_s = await in_thread("shutdown request", partial(self._requests.left_s, vm))
+            if not left_s or self._runs_again(vm):
                 # It ended long after it was asked: that was somebody else's wish.
-                self.down.discard(vm)
                 self._tell(vm, "")
-                await in_thread("shutdown request", partial(self._requests.forget, vm))
+                await self._forget(vm)
                 return
             why = await self._why_not_started(vm)
             while vm in self._starts:

@@ -107,33 +107,23 @@ class RequestHandler:
     async def on_request(self, request: Request, received: Received) -> None:
         """A request arrived."""
         client = received.parameters["client"]
-        other = fleet_of(received.header.source)
-        # An abort only stops operations: it is carried out.
-        if other not in {"", self._fleet} and not isinstance(request, m.AbortRequested):
-            await self._refuse_another_fleet(client, request, other)
-        elif self._leadership.claimed:
-            late = _late(request, received.header.time, self._now())
+        other = self._another_fleet(request, received)
+        if self._leadership.claimed:
+            refusal = other or _late(request, received.header.time, self._now())
             async with self._turn:
-                await self._answer(client, request, late)
-        else:
+                await self._answer(client, request, refusal)
+        elif other is None:  # else the client repeats its request until one leads, which refuses it
             self._wait_for_claim(client, request, asked_at=received.header.time)
 
-    async def _refuse_another_fleet(self, client: str, request: Request, other: str) -> None:
-        """By the one that leads: before there is one, the client repeats its request."""
-        if not self._leadership.claimed:
-            return
-        async with self._turn:
-            try:
-                if self._leadership.is_leader and self._repository.response(client, request.request) is None:
-                    _log.warning("request.of_another_fleet", client=client, fleet=other)
-                    why = (
-                        f"this is fleet {self._fleet!r}, and the request is of fleet {other!r}: is the broker's address right, or"
-                        " CAESURA_CTL_FLEET?"
-                    )
-                    self._refuse(client, request, "request_of_another_fleet", why)
-            except StoreError as error:
-                _log.error("request.failed", request=request.request, why=str(error))
-            self._relay.notify()
+    def _another_fleet(self, request: Request, received: Received) -> RequestRefused | None:
+        """Why a request of another fleet's operator is not carried out. An abort is: it only stops operations."""
+        other = fleet_of(received.header.source)
+        if other in {"", self._fleet} or isinstance(request, m.AbortRequested):
+            return None
+        return RequestRefused(
+            "request_of_another_fleet",
+            f"this is fleet {self._fleet!r}, and the request is of fleet {other!r}: is the broker's address right, or CAESURA_CTL_FLEET?",
+        )
 
     def _wait_for_claim(self, client: str, request: Request, *, asked_at: datetime) -> None:
         self.pending.pop((client, request.request), None)
@@ -197,27 +187,33 @@ class RequestHandler:
             if not (answered and request_expired(each.arrived_at, self._now())):
                 await self._answer(client, each.request, late)
 
-    def _ambiguous(self, pending: _Pending) -> str:
-        """Why an abort that names no rollout must not be carried out: the only active rollout is younger than it; empty: it may."""
+    def _ambiguous(self, pending: _Pending) -> RequestRefused | None:
+        """Why an abort that names no rollout must not be carried out: the only active rollout is younger than it; None: it may."""
         request = pending.request
         if not isinstance(request, m.AbortRequested) or request.rollout:
-            return ""
+            return None
         younger = [each.id for each in self._repository.active if each.created_at > pending.arrived_at]
-        return (
-            f"rollout {younger[0]} was started after this was asked, and the abort names none: ask again"
-            if younger
-            else ""
+        if not younger:
+            return None
+        return RequestRefused(
+            "request_late",
+            f"rollout {younger[0]} was started after this was asked, and the abort names none: ask again",
         )
 
-    async def _answer(self, client: str, request: Request, late: str) -> None:
-        """Answer a request once; a repeated one gets the stored answer again. Call with the turn. ``late``: why a new request is too late."""
+    async def _answer(self, client: str, request: Request, refusal: RequestRefused | None) -> None:
+        """Answer a request once; a repeated one gets the stored answer again. Call with the turn. ``refusal``: why a new one is not decided."""
         try:
             known = self._repository.response(client, request.request)
             if known is not None:
                 self._repeat(client, known)
-            elif self._leadership.is_leader and late:
-                _log.warning("request.outlived", client=client, request=request.request, why=late)
-                self._refuse(client, request, "request_late", late)
+            elif self._leadership.is_leader and refusal is not None:
+                _log.warning(
+                    "request.outlived" if refusal.code == "request_late" else "request.of_another_fleet",
+                    client=client,
+                    request=request.request,
+                    why=str(refusal),
+                )
+                self._refuse(client, request, refusal.code, str(refusal))
             elif self._leadership.is_leader:
                 await self._decide(client, request)
         except StoreError as error:
@@ -367,9 +363,10 @@ class RequestHandler:
         self._dispatcher.request_commands()
 
 
-def _late(request: Request, asked_at: datetime, now: datetime) -> str:
-    """Why a request is too late; empty: it is not. An abort never is: it only stops operations."""
-    return "" if isinstance(request, m.AbortRequested) else request_expired(asked_at, now)
+def _late(request: Request, asked_at: datetime, now: datetime) -> RequestRefused | None:
+    """Why a request is too late; None: it is not. An abort never is: it only stops operations."""
+    why = "" if isinstance(request, m.AbortRequested) else request_expired(asked_at, now)
+    return RequestRefused("request_late", why) if why else None
 
 
 def _check_queue(proposal: Proposal, rollout: Rollout, ahead: Sequence[Rollout]) -> None:

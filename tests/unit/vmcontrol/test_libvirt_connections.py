@@ -52,14 +52,6 @@ class Polkit:
 
 
 @pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[Daemon]:
-    """With one domain that is paused, web-1."""
-    made = Daemon(tmp_path / "s")
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def polkit(daemon: Daemon) -> Iterator[Polkit]:
     made = Polkit(daemon)
     yield made

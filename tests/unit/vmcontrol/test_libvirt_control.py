@@ -43,13 +43,6 @@ _AUTH_LIST, _LOOKUP, _RESUME, _SUSPEND, _STATE, _JOB = 66, 24, 28, 34, 212, 298
 
 
 @pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[Daemon]:
-    made = Daemon(tmp_path / "s")
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def qmp(tmp_path: Path) -> Iterator[QmpSocket]:
     made = QmpSocket(tmp_path / "q")
     yield made

@@ -5,8 +5,6 @@ from __future__ import annotations
 import struct
 import subprocess
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -27,13 +25,6 @@ from caesura_vmcontrol.libvirt_rpc import (
 from caesura_vmcontrol.plan_errors import BadPlan
 
 _ANSWER_S = 60.0
-
-
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[Daemon]:
-    made = Daemon(tmp_path / "s")
-    yield made
-    made.close()
 
 
 @pytest.fixture(autouse=True)
